@@ -1,0 +1,37 @@
+# make train            train something real on what is here; ARGS="--depth 56" passes flags on
+# make test             run the tests
+# make lint             ruff and clang-format, as pre-commit runs them
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Without a GPU the paper's recipe takes hours: a short run on part of the data then. ARGS overrules.
+HAS_GPU = $(shell $(BIN)/python -c "import torch; print(int(torch.cuda.is_available()))")
+CPU_ARGS := --depth 8 --limit 10000 --epochs 12 --batch-size 128 --lr 0.2 --warmup-epochs 1 \
+  --milestones 8 11
+
+.PHONY: train test lint
+train: $(INSTALLED)
+ifeq ($(strip $(ARGS)),)
+	@if [ "$(HAS_GPU)" = 0 ]; then \
+	  echo "No GPU: a short run on part of the data. The whole recipe: make train ARGS=\"--depth 20\""; \
+	  set -x; $(BIN)/python -m cifar_resnet_fast.train $(CPU_ARGS); \
+	else set -x; $(BIN)/python -m cifar_resnet_fast.train; fi
+else
+	$(BIN)/python -m cifar_resnet_fast.train $(ARGS)
+endif
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(INSTALLED): pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet "torch>=2.11" torchvision
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@

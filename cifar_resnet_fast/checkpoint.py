@@ -1,0 +1,89 @@
+"""Checkpoint files: written whole or not at all, read without running anything (layer 1).
+
+A checkpoint is a dictionary of tensors and plain values. Writing goes to a temporary file in the
+same folder that is flushed to the disk and then renamed, so a crash, a SIGKILL or a full disk
+leaves the file before it untouched. Reading uses ``weights_only=True`` and checks what the file
+claims to hold against its size before memory is taken.
+"""
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``: the old content or the new stands there, never a part.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; ``path`` is as it was
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself is on the disk only after this
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write ``content`` (tensors and plain values) to ``path``, whole or not at all.
+
+    Raises:
+        OSError: as ``write_atomically``
+    """
+    # to memory first: torch.save turns a full disk into a RuntimeError without its reason
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The dictionary in a checkpoint file, its tensors on the CPU. Nothing in it is executed.
+
+    Args:
+        path: a file by ``torch.save``, this package's or anybody's, in either of its formats
+
+    Raises:
+        FileNotFoundError: there is no such file
+        ValueError: it is not a checkpoint, is damaged, unpacks to more than its own size, or
+            holds something else than tensors and plain values
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} must be a file, found none there")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise ValueError(
+                f"checkpoint {path} must be stored uncompressed, as torch.save does; "
+                f"its {path.stat().st_size} bytes unpack to {unpacked}"
+            )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"checkpoint {path} must hold tensors and plain values only, and be whole; "
+            f"it is damaged, or not a checkpoint, or holds other Python objects"
+        ) from None
+    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint {path} cannot be read: {reason}") from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"checkpoint {path} must hold a dictionary, got a {type(content).__name__}"
+        )
+    return content

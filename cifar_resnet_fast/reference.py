@@ -1,0 +1,117 @@
+"""Every operation of the package in plain PyTorch: the specification (layer 0).
+
+Each function has the name and the arguments of its twin in ``ops``; the fused kernels are held
+against these, and these are what runs where no kernel can. Any device, any floating dtype, any
+memory layout; gradients come from PyTorch's own autograd.
+
+=======  =======================================================================
+N H W C  batch, height, width, channels of the input
+K        output channels
+y        output of the convolution, before normalisation ("raw")
+z        output of batch normalisation and shortcut, before the ReLU
+=======  =======================================================================
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    stride: int = 1,
+    shortcut: Tensor | None = None,
+    relu: bool = True,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """3x3 convolution with zero padding 1, batch normalisation, optional shortcut, ReLU.
+
+    Args:
+        x: [N, C, H, W]. input activation
+        weight: [K, C, 3, 3]. convolution weight
+        bn_weight, bn_bias: [K]. scale and offset of the normalisation
+        running_mean, running_var: [K]. updated in place when ``training``
+        stride: 1 or 2
+        shortcut: [N, K, ceil(H / stride), ceil(W / stride)] or None. added before the ReLU
+        relu: False leaves the ReLU out
+        training: True normalises with the batch's statistics, False with the running ones
+        momentum: weight of the batch in the running statistics
+        eps: added to the variance
+
+    Returns:
+        [N, K, ceil(H / stride), ceil(W / stride)]
+
+    Source: Ioffe and Szegedy 2015, algorithm 1; He et al. 2015, figure 2.
+    """
+    y = F.conv2d(x, weight, stride=stride, padding=1)
+    z = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    if shortcut is not None:
+        z = z + shortcut
+    return F.relu(z) if relu else z
+
+
+def shortcut_a(x: Tensor, out_channels: int, stride: int = 2) -> Tensor:
+    """Option-A shortcut: every ``stride``-th pixel, new channels zero, half of them in front.
+
+    Args:
+        x: [N, C, H, W]
+        out_channels: K >= C, with K - C even
+        stride: 1 or 2
+
+    Returns:
+        [N, K, ceil(H / stride), ceil(W / stride)], in the memory format of ``x``
+
+    Source: He et al. 2015, section 4.2, option (A).
+    """
+    new = (out_channels - x.shape[1]) // 2
+    return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, new, new))
+
+
+def augment(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int) -> Tensor:
+    """Random crop of a zero-padded image, then horizontal flip, with the draws given.
+
+    Output pixel (h, w) is input pixel (h + dy - padding, w' + dx - padding), or 0 outside the
+    image, where w' is w, or W - 1 - w where the image is flipped.
+
+    Args:
+        images: [N, H, W, C] uint8
+        dy, dx: [N] integers in 0 .. 2 * padding. the crop's corner in the padded image
+        flip: [N] bool
+        padding: pixels of zeros on each side
+
+    Returns:
+        [N, H, W, C] uint8
+
+    Source: He et al. 2015, section 4.2; the order is torchvision's RandomCrop, then flip.
+    """
+    N, H, W, _ = images.shape
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    columns = torch.arange(W, device=images.device)
+    columns = torch.where(flip[:, None], W - 1 - columns, columns)
+    rows = torch.arange(H, device=images.device) + dy[:, None]
+    columns = columns + dx[:, None]
+    n = torch.arange(N, device=images.device)
+    return padded[n[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes to normalised activations: ``(image / 255 - mean) / std``, computed in float32.
+
+    Args:
+        images: [N, H, W, C] uint8
+        mean, std: [C] float32, in units of the full scale 1.0
+        dtype: of the result
+
+    Returns:
+        [N, C, H, W], channels-last
+    """
+    scaled = images.float() * (1 / (255 * std)) - mean / std
+    return scaled.to(dtype).permute(0, 3, 1, 2)

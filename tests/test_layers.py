@@ -1,0 +1,69 @@
+"""Imports point one way: a file imports only from floors below its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import cifar_resnet_fast
+
+PACKAGE = Path(cifar_resnet_fast.__file__).parent
+
+# floor of every room; a new file needs a place here before the tests pass
+FLOORS = {
+    "reference": 0,
+    "ops.checks": 1,
+    "ops.choice": 1,
+    "ops.conv_bn_relu": 1.1,
+    "ops.shortcut_a": 1.1,
+    "ops": 1.2,
+    "checkpoint": 1,
+    "modules": 2,
+    "resnet": 2.1,
+    "": 5,  # the package itself, which nothing inside imports
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports_of(path: Path) -> list[str]:
+    """Names of the package's own modules that the file imports, at any depth of its code."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        rooms = [
+            name.removeprefix("cifar_resnet_fast").removeprefix(".")
+            for name in names
+            if name.split(".")[0] == "cifar_resnet_fast"
+        ]
+        # `from package import room` names the room; `from room import thing` the room before it
+        inside = [room for room in rooms if room in FLOORS and room]
+        found += inside or rooms
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name_of)
+def test_imports_point_down(path):
+    floor = FLOORS[name_of(path)]
+    for imported in imports_of(path):
+        assert FLOORS[imported] < floor, f"{name_of(path)} may not import {imported}"
+
+
+def test_only_ops_chooses():
+    below = {"kernels", "_C", "_cuda", "reference"}
+    for path in PACKAGE.rglob("*.py"):
+        name = name_of(path)
+        if name.split(".")[0] in {"ops", "kernels"}:
+            continue
+        for imported in imports_of(path):
+            # data and tests may use the reference's augmentation through ops
+            assert imported.split(".")[0] not in below, f"{name} may not import {imported}"
