@@ -1,0 +1,183 @@
+"""The settings of a training: one frozen dataclass, whose fields are the flags (layer 2)."""
+
+import argparse
+import dataclasses
+import math
+import re
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from cifar_resnet_fast import ops
+from cifar_resnet_fast.datasets import NAMES
+from cifar_resnet_fast.resnet import check_depth
+
+
+def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a training does and where. Each field is the flag of its name.
+
+    Raises:
+        ValueError: a value breaks its rule; names the field, the rule and the value
+    """
+
+    depth: int = _flag(20, "6n + 2 layers; the paper's are 20, 32, 44, 56, 110, 1202")
+    dataset: str = _flag(
+        "auto",
+        f"{', '.join(NAMES)}, a .npz file or a folder; auto is cifar10, or shapes (drawn, no "
+        "download) where CIFAR-10 cannot be had",
+    )
+    data_root: str = _flag("data", "folder for downloaded data sets")
+    normalization: str = _flag(
+        "dataset",
+        "mean and std of the data set's own pictures, or of ImageNet's, which some published "
+        "CIFAR checkpoints were trained with",
+        ("dataset", "imagenet"),
+    )
+    validation: int = _flag(
+        0, "training pictures held out and evaluated in place of the test set (the paper: 5000)"
+    )
+    limit: int | None = _flag(None, "use only the first so many pictures of each split")
+
+    epochs: int = _flag(160, "passes over the training pictures")
+    batch_size: int = _flag(1024, "pictures a step; what is left over in an epoch is dropped")
+    lr: float = _flag(1.2, "peak learning rate")
+    momentum: float = _flag(0.9, "of SGD")
+    weight_decay: float = _flag(1e-4, "of SGD, on all parameters")
+    warmup_epochs: float = _flag(5.0, "epochs over which the learning rate rises linearly")
+    milestones: tuple[int, ...] = _flag((80, 120), "epochs at which it drops to a tenth")
+    label_smoothing: float = _flag(0.0, "of the training loss, 0 to 1")
+    ema: float = _flag(0.0, "decay a step of averaged weights to evaluate with (0: none)")
+    seed: int = _flag(0, "of the initial weights and of every random draw")
+    runs: int = _flag(1, "train so many times, with seeds from --seed on")
+
+    dtype: str = _flag(
+        "auto",
+        "of the activations; auto is fp16 on a GPU and fp32 on a CPU",
+        ("auto", "fp32", "bf16", "fp16"),
+    )
+    device: str = _flag("auto", "auto is the GPU where there is one", ("auto", "cpu", "cuda"))
+    implementation: str = _flag(
+        "auto", "of the layers; auto is the fastest that can run", ("auto", *ops.IMPLEMENTATIONS)
+    )
+
+    out: str | None = _flag(None, "folder of the run, new or empty; default: a new one in runs/")
+    resume: str | None = _flag(None, "folder of a stopped run to continue with its own settings")
+    eval: str | None = _flag(None, "checkpoint to evaluate on the test set, without training")
+    tensorboard: bool = _flag(False, "write TensorBoard events into the run's folder, too")
+
+    def __post_init__(self):
+        check_depth(self.depth)
+        for name, minimum in (("epochs", 1), ("batch_size", 1), ("runs", 1), ("limit", 1)):
+            self._check(name, lambda v, low=minimum: v is None or v >= low, f"at least {minimum}")
+        for name in ("validation", "warmup_epochs", "weight_decay"):
+            self._check(name, lambda v: v >= 0 and math.isfinite(v), "0 or more")
+        self._check("lr", lambda v: v > 0 and math.isfinite(v), "more than 0")
+        for name in ("momentum", "label_smoothing", "ema"):
+            self._check(name, lambda v: 0 <= v < 1, "at least 0 and less than 1")
+        self._check("seed", lambda v: 0 <= v < 2**63, "in 0 .. 2**63 - 1")
+        self._check(
+            "milestones",
+            lambda v: list(v) == sorted(set(v)) and min(v, default=1) > 0,
+            "rising epochs, each at least 1",
+        )
+        for item in dataclasses.fields(self):
+            choices = item.metadata["choices"]
+            if choices:
+                self._check(item.name, choices.__contains__, f"one of {', '.join(choices)}")
+
+    def _check(self, name: str, obeys: typing.Callable[[Any], bool], rule: str) -> None:
+        value = getattr(self, name)
+        if not obeys(value):
+            raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is trained, as plain values for config.json; not where (out, resume, eval)."""
+        values = dataclasses.asdict(self)
+        for name in PLACES:
+            del values[name]
+        return {**values, "milestones": list(self.milestones)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The inverse of ``to_dict``. Raises ValueError for unknown names and wrong types."""
+        types = typing.get_type_hints(cls)
+        for name, value in values.items():
+            if name not in types or name in PLACES:
+                raise ValueError(f"config has an unknown setting {name!r}")
+            if not _is_of(value, types[name]):
+                raise ValueError(f"{name} must be of type {types[name]}, got {value!r}")
+        return cls(**{**values, "milestones": tuple(values.get("milestones", ()))})
+
+
+PLACES = ("out", "resume", "eval")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON fits the type of a field."""
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    allowed = typing.get_args(hint) or (hint,)
+    return type(value) in allowed or (float in allowed and type(value) is int)
+
+
+def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[str, Any]]:
+    """The settings of a command line, and of these the ones that were given on it.
+
+    Exits with status 2 and one line on stderr where a flag is unknown or its value no such type.
+
+    Raises:
+        ValueError: as ``TrainConfig``
+    """
+    parser = _Parser(
+        prog="python -m cifar_resnet_fast.train",
+        description="Train a CIFAR ResNet (He et al. 2015). The defaults are the recipe: "
+        "160 epochs of SGD at batch size 1024.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(TrainConfig)
+    for item in dataclasses.fields(TrainConfig):
+        options: dict[str, Any] = {"help": item.metadata["help"]}
+        hint = hints[item.name]
+        if hint is bool:
+            options["action"] = "store_true"
+        elif typing.get_origin(hint) is tuple:
+            options |= {"type": int, "nargs": "*", "metavar": "EPOCH"}
+        else:
+            options["type"] = next(t for t in typing.get_args(hint) or (hint,) if t is not None)
+            options["choices"] = item.metadata["choices"]
+            if not options["choices"]:
+                options["metavar"] = item.name.split("_")[-1].upper()
+        if item.default not in (None, False):
+            shown = (
+                item.default if hint is not tuple[int, ...] else " ".join(map(str, item.default))
+            )
+            options["help"] += f" (default: {shown})"
+        parser.add_argument(flag_of(item.name), **options)
+    given = vars(parser.parse_args(arguments))
+    if "milestones" in given:
+        given["milestones"] = tuple(given["milestones"])
+    return TrainConfig(**given), given
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line: the usage, a screenful, is for --help."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field: ``--batch-size`` of ``batch_size``."""
+    return "--" + name.replace("_", "-")
+
+
+def with_flag_name(message: str) -> str:
+    """An error of the library, which begins with an argument's name, in terms of the flags."""
+    names = "|".join(item.name for item in dataclasses.fields(TrainConfig))
+    return re.sub(rf"^({names})\b", lambda match: flag_of(match[0]), message)

@@ -1,0 +1,184 @@
+"""What a run shows and keeps: progress, metrics.jsonl, curves.png, TensorBoard (layer 4).
+
+A row of metrics.jsonl is one epoch:
+
+=================  ========================================================
+epoch              from 1, epochs finished
+step               training steps finished
+lr                 learning rate of the epoch's last step
+train_loss         mean over the epoch, of the batches as they were trained on
+train_accuracy     the same, 0 .. 1
+test_loss          mean over the evaluated split after the epoch
+test_accuracy      the same, 0 .. 1 (of the held-out split with --validation)
+images_per_second  training only
+seconds            training and evaluation since the start of the run
+=================  ========================================================
+"""
+
+import json
+import time
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from cifar_resnet_fast.checkpoint import write_atomically
+
+_CURVES_EVERY_SECONDS = 60.0  # drawing takes about half a second
+
+
+class Logbook:
+    """The live display and the files of one run; a context manager.
+
+    Args:
+        folder: of the run
+        epochs, steps_per_epoch: of the whole training
+        start_step: steps that were done before, when it resumes; later rows are dropped
+        evaluated: what the evaluated split is called in the display, "test" or "validation"
+        title: of the curves
+        tensorboard: write events into ``folder``/tensorboard
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        start_step: int,
+        evaluated: str,
+        title: str,
+        tensorboard: bool,
+    ):
+        self.folder = folder
+        self.rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
+        write_atomically(self.metrics_path, "".join(map(_line, self.rows)).encode())
+        self._title, self._evaluated, self._epochs = title, evaluated, epochs
+        self._curves_drawn = time.monotonic()
+        self._events = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._events = SummaryWriter(folder / "tensorboard", purge_step=len(self.rows) + 1)
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task(
+            "", total=epochs * steps_per_epoch, completed=start_step, epoch=1, numbers=""
+        )
+        self._steps_per_epoch = steps_per_epoch
+
+    def __enter__(self) -> "Logbook":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._progress.stop()
+        if self.rows:
+            self._draw_curves()
+        if self._events is not None:
+            self._events.close()
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def show(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        """Move the bar: ``step`` steps done, the running epoch's loss and accuracy so far."""
+        self._progress.update(
+            self._task,
+            completed=step,
+            epoch=min(step // self._steps_per_epoch + 1, self._epochs),
+            numbers=f"{images_per_second:,.0f} images/s  loss {loss:.3f}  "
+            f"accuracy {100 * accuracy:.1f} %",
+        )
+
+    def add(self, row: dict) -> None:
+        """Keep one epoch's row, on the disk before anything is shown."""
+        self.rows.append(row)
+        with open(self.metrics_path, "a") as file:
+            file.write(_line(row))
+        if self._events is not None:
+            for name, value in row.items():
+                if name not in ("epoch", "step"):
+                    self._events.add_scalar(name, value, row["epoch"])
+        self.say(
+            f"epoch {row['epoch']:>{len(str(self._epochs))}}/{self._epochs}  "
+            f"lr {row['lr']:.4f}  loss {row['train_loss']:.4f}  "
+            f"accuracy {100 * row['train_accuracy']:6.2f} %  "
+            f"{self._evaluated} {100 * row['test_accuracy']:6.2f} %  "
+            f"{row['images_per_second']:,.0f} images/s"
+        )
+        if time.monotonic() - self._curves_drawn > _CURVES_EVERY_SECONDS:
+            self._draw_curves()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar, as it is."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _draw_curves(self) -> None:
+        draw_curves(self.folder / "curves.png", self.rows, self._title, self._evaluated)
+        self._curves_drawn = time.monotonic()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The whole rows of a run's metrics.jsonl; a last line that was cut off is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> None:
+    """A picture of loss, accuracy and learning rate by epoch, from the rows of metrics.jsonl."""
+    epochs = [row["epoch"] for row in rows]
+    marker = "o" if len(rows) < 20 else None
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title)
+    loss, accuracy = figure.subplots(1, 2)
+    for split, label in (("train", "training"), ("test", evaluated)):
+        loss.plot(epochs, [r[f"{split}_loss"] for r in rows], label=label, marker=marker)
+        percent = [100 * r[f"{split}_accuracy"] for r in rows]
+        accuracy.plot(epochs, percent, label=label, marker=marker)
+    loss.set(xlabel="epoch", ylabel="cross entropy", yscale="log")
+    accuracy.set(xlabel="epoch", ylabel="accuracy, %")
+    rate = loss.twinx()
+    rate.plot(epochs, [r["lr"] for r in rows], color="grey", linestyle=":", label="learning rate")
+    rate.set(ylabel="learning rate (dotted)")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    loss.legend(loc="lower left")
+    last = rows[-1]
+    accuracy.set_title(f"{100 * last['test_accuracy']:.2f} % after epoch {last['epoch']}")
+    accuracy.legend(loc="lower right")
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row) + "\n"

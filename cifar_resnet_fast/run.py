@@ -1,0 +1,286 @@
+"""One training in its folder: begun, stopped, resumed, finished (layer 4).
+
+The folder holds config.json, metrics.jsonl, curves.png and checkpoint.pt. The checkpoint has
+everything that the next step depends on, so a run that was stopped at any step and resumed ends
+with the bits of one that was not. Its ``state_dict`` holds the weights that were evaluated, so
+``load_checkpoint`` takes the same file.
+"""
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cifar_resnet_fast.checkpoint import read_checkpoint, save_checkpoint, write_atomically
+from cifar_resnet_fast.config import TrainConfig, flag_of
+from cifar_resnet_fast.datasets import Dataset
+from cifar_resnet_fast.engine import DTYPES, Engine
+from cifar_resnet_fast.loader import Loader
+from cifar_resnet_fast.logbook import Logbook
+from cifar_resnet_fast.optimizer import learning_rate
+from cifar_resnet_fast.resnet import FastResNet
+
+_SHOW_EVERY_SECONDS = 0.2  # reading the loss back waits for the GPU
+_CHECKPOINT = "checkpoint.pt"
+IMAGENET_STATISTICS = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
+
+
+class RunStopped(Exception):
+    """The user asked the run to stop; its checkpoint is written."""
+
+
+class RunData:
+    """The two splits as loaders on the device, and what a checkpoint says about them.
+
+    Raises:
+        ValueError: the batch size or the validation split does not fit the data
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device):
+        self.device = device
+        if config.validation:
+            dataset = dataset.with_validation(config.validation)
+        self.name = dataset.name
+        self.num_classes = len(dataset.classes)
+        self.evaluated = "validation" if config.validation else "test"
+        own = dataset.channel_statistics()
+        self.mean, self.std = own if config.normalization == "dataset" else IMAGENET_STATISTICS
+        self.training = self._loader(dataset.x_train, dataset.y_train, config.batch_size)
+        size = min(config.batch_size, len(dataset.x_test))
+        self.testing = self._loader(dataset.x_test, dataset.y_test, size)
+        # enough to tell on a resume that the pictures are the same
+        self.fingerprint = {
+            "train": len(dataset.x_train),
+            "test": len(dataset.x_test),
+            "classes": list(dataset.classes),
+            "statistics": [value for part in own for value in part.tolist()],
+        }
+
+    def _loader(self, images: Tensor, labels: Tensor, batch_size: int) -> Loader:
+        return Loader(
+            images, labels, self.mean, self.std, batch_size=batch_size, device=self.device
+        )
+
+
+class Run:
+    """One training in its folder: begun, or taken up from the folder's checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another run or other data
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, data: RunData):
+        self.config, self.folder, self.data = config, folder, data
+        torch.manual_seed(config.seed)
+        self.engine = Engine(
+            FastResNet(config.depth, data.num_classes, config.implementation),
+            device=data.device,
+            dtype=DTYPES[config.dtype],
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            label_smoothing=config.label_smoothing,
+            ema=config.ema,
+        )
+        # loss and hits of the running epoch's steps; read back now and then, not every step
+        self.losses = torch.zeros(data.training.steps, device=data.device)
+        self.correct = torch.zeros(data.training.steps, dtype=torch.int64, device=data.device)
+        self.step = 0
+        self.seconds = 0.0
+        if (folder / _CHECKPOINT).exists():
+            self._load()
+        elif not (folder / "config.json").exists():
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "config.json", config.to_dict())
+
+    def train(self) -> float:
+        """Train to the end; returns the accuracy on the evaluated split, 0 .. 1.
+
+        Raises:
+            RunStopped: the user asked for it; the checkpoint is written
+            FloatingPointError: loss or weights are not finite; names the step
+            OSError: a file cannot be written
+        """
+        config, steps = self.config, self.data.training.steps
+        logbook = Logbook(
+            self.folder,
+            epochs=config.epochs,
+            steps_per_epoch=steps,
+            start_step=self.step,
+            evaluated=self.data.evaluated,
+            title=f"ResNet-{config.depth} on {self.data.name}, seed {config.seed}",
+            tensorboard=config.tensorboard,
+        )
+        with _StopRequest() as stop, logbook:
+            for epoch in range(self.step // steps, config.epochs):
+                speed = self._train_epoch(epoch, logbook, stop)
+                self._finish_epoch(epoch, speed, logbook)
+                if stop.wished and epoch + 1 < config.epochs:
+                    raise self._stopped()
+            accuracy = logbook.rows[-1]["test_accuracy"]
+            logbook.say(
+                f"ResNet-{config.depth} on {self.data.name}, seed {config.seed}: "
+                f"{self.data.evaluated} accuracy {100 * accuracy:.2f} % after {config.epochs} "
+                f"epochs, {self.seconds:.0f} s; in {self.folder}"
+            )
+        return accuracy
+
+    def _train_epoch(self, epoch: int, logbook: Logbook, stop: "_StopRequest") -> float:
+        """The steps of an epoch that are still to do; returns images per second."""
+        config, training = self.config, self.data.training
+        steps = training.steps
+        began, first, shown = time.monotonic(), self.step, 0.0
+        for images, labels in training.training_batches(config.seed, epoch, self.step % steps):
+            lr = self._learning_rate(self.step)
+            place = self.step % steps
+            self.losses[place], self.correct[place] = self.engine.train_step(images, labels, lr)
+            self.step += 1
+            now = time.monotonic()
+            if now - shown > _SHOW_EVERY_SECONDS or place + 1 == steps:
+                shown = now
+                loss, accuracy = self._epoch_so_far(place + 1)
+                speed = (self.step - first) * training.batch_size / (now - began)
+                logbook.show(self.step, loss, accuracy, speed)
+            if stop.wished and place + 1 < steps:
+                self.seconds += time.monotonic() - began
+                self._save()
+                raise self._stopped()
+        elapsed = time.monotonic() - began
+        self.seconds += elapsed
+        return (self.step - first) * training.batch_size / elapsed
+
+    def _finish_epoch(self, epoch: int, images_per_second: float, logbook: Logbook) -> None:
+        """Evaluate, keep the epoch's row and the checkpoint, in this order.
+
+        A row without its checkpoint is dropped on resume; a checkpoint without its row would
+        leave a gap.
+        """
+        began = time.monotonic()
+        loss, accuracy = self._epoch_so_far(self.data.training.steps)
+        self._check_weights()
+        test_loss, test_accuracy = self.engine.evaluate(self.data.testing.evaluation_batches())
+        self.seconds += time.monotonic() - began
+        logbook.add(
+            {
+                "epoch": epoch + 1,
+                "step": self.step,
+                "lr": self._learning_rate(self.step - 1),
+                "train_loss": loss,
+                "train_accuracy": accuracy,
+                "test_loss": test_loss,
+                "test_accuracy": test_accuracy,
+                "images_per_second": round(images_per_second, 1),
+                "seconds": round(self.seconds, 3),
+            }
+        )
+        self._save()
+
+    def _epoch_so_far(self, steps: int) -> tuple[float, float]:
+        """Mean loss and accuracy of the epoch's first ``steps`` steps; all must be finite."""
+        losses = self.losses[:steps].tolist()
+        for place, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                step = self.step - steps + place + 1
+                epoch = step / self.data.training.steps
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {step} (epoch {epoch:.2f}): training stopped, "
+                    f"{self._kept()}; a lower {flag_of('lr')} or a longer "
+                    f"{flag_of('warmup_epochs')} often helps"
+                )
+        hits = int(self.correct[:steps].sum())
+        return sum(losses) / steps, hits / (steps * self.data.training.batch_size)
+
+    def _check_weights(self) -> None:
+        if not self.engine.is_finite():
+            raise FloatingPointError(
+                f"the weights are not finite after step {self.step}: training stopped, "
+                f"{self._kept()}"
+            )
+
+    def _kept(self) -> str:
+        path = self.folder / _CHECKPOINT
+        return f"{path} keeps the last good state" if path.exists() else "nothing was saved yet"
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            steps_per_epoch=self.data.training.steps,
+            lr=self.config.lr,
+            warmup_epochs=self.config.warmup_epochs,
+            milestones=self.config.milestones,
+        )
+
+    def _stopped(self) -> RunStopped:
+        return RunStopped(
+            f"stopped after step {self.step}; go on with {flag_of('resume')} {self.folder}"
+        )
+
+    def _save(self) -> None:
+        self._check_weights()
+        content = {
+            "format": 1,
+            "config": self.config.to_dict(),
+            "data": self.data.fingerprint,
+            "mean": self.data.mean.tolist(),
+            "std": self.data.std.tolist(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "correct": self.correct,
+            "state_dict": self.engine.evaluated_model.state_dict(),
+            "engine": self.engine.state_dict(),
+        }
+        save_checkpoint(self.folder / _CHECKPOINT, content)
+
+    def _load(self) -> None:
+        path = self.folder / _CHECKPOINT
+        content = read_checkpoint(path)
+        try:
+            if content["format"] != 1:
+                raise ValueError(f"format must be 1, got {content['format']}")
+            if content["data"] != self.data.fingerprint:
+                raise ValueError("the data set is not the one the run began with")
+            for name in ("depth", "seed", "batch_size", "dtype"):
+                ours, theirs = getattr(self.config, name), content["config"][name]
+                if ours != theirs:
+                    raise ValueError(f"{name} must be {ours}, as in config.json, got {theirs}")
+            if not 0 <= content["step"] <= self.config.epochs * self.data.training.steps:
+                raise ValueError(f"step must be within the run's, got {content['step']}")
+            self.engine.load_state_dict(content["engine"])
+            self.losses.copy_(content["losses"])
+            self.correct.copy_(content["correct"])
+            self.step, self.seconds = int(content["step"]), float(content["seconds"])
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"resume: checkpoint {path} does not fit the run: {reason}") from None
+
+
+class _StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a wish that the loop sees between two steps."""
+
+    def __init__(self):
+        self.wished = False
+
+    def __enter__(self) -> "_StopRequest":
+        self._before = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame) -> None:
+        if self.wished:
+            raise KeyboardInterrupt  # asked twice: at once, at the price of the running epoch
+        self.wished = True
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Replace ``path`` by ``values``, whole or not at all."""
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())

@@ -1,0 +1,211 @@
+"""``python -m cifar_resnet_fast.train``: train, resume, evaluate (layer 5).
+
+With ``--runs N`` each seed has a folder of its own, seed-0, seed-1, ..., and summary.json has the
+mean and the standard deviation.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cifar_resnet_fast import ops
+from cifar_resnet_fast.checkpoint import read_checkpoint
+from cifar_resnet_fast.config import TrainConfig, flag_of, parse_flags, with_flag_name
+from cifar_resnet_fast.datasets import find_dataset, load_dataset
+from cifar_resnet_fast.engine import DTYPES, Engine
+from cifar_resnet_fast.loader import Loader
+from cifar_resnet_fast.resnet import FastResNet, load_checkpoint, read_weights
+from cifar_resnet_fast.run import IMAGENET_STATISTICS, Run, RunData, RunStopped, write_json
+
+# what a command line may change with --resume: where things are and how they are shown
+_FREE_ON_RESUME = {"resume", "data_root", "device", "tensorboard"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line.
+
+    Returns:
+        exit status: 0 done, 1 failed on the way, 2 bad input, 130 stopped by the user
+    """
+    try:
+        with _bad_input_exits():
+            config, given = parse_flags(arguments)
+            if config.eval is not None:
+                return _evaluate(config, given)
+            config, folder = (
+                _resumed(config, given) if config.resume else (_resolved(config), None)
+            )
+            dataset = load_dataset(config.dataset, config.data_root, config.limit)
+            data = RunData(config, dataset, _device(config))
+            if folder is None:
+                folder = _claim_folder(config)
+        accuracies = []
+        for seed in range(config.seed, config.seed + config.runs):
+            with _bad_input_exits():
+                place = folder if config.runs == 1 else folder / f"seed-{seed}"
+                run = Run(replace(config, seed=seed, runs=1), place, data)
+            accuracies.append(run.train())
+        if config.runs > 1:
+            _summarize(folder, config, accuracies)
+    except RunStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted; what was written before is whole", file=sys.stderr)
+        return 130
+    except (FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _bad_input_exits():
+    """An error that the user's input caused is one line on stderr and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {with_flag_name(str(error))}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+# --- before a run ------------------------------------------------------------------------------
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """The settings with each ``auto`` that a resume must keep replaced by what it stands for."""
+    if config.out is not None:
+        _check_free(Path(config.out))
+    dataset, reason = find_dataset(config.dataset, config.data_root)
+    if reason is not None:
+        print(f"CIFAR-10 could not be had, training on drawn shapes instead: {reason}")
+    return replace(config, dataset=dataset, dtype=_dtype(config))
+
+
+def _resumed(config: TrainConfig, given: dict) -> tuple[TrainConfig, Path]:
+    """The settings that a stopped run began with, and its folder."""
+    folder = Path(config.resume)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"resume must name the folder of a run, found no {path}")
+    try:
+        values = json.loads(path.read_text())
+        begun = TrainConfig.from_dict(values)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"resume: {path} is damaged: {error}") from None
+    for name, value in given.items():
+        if name not in _FREE_ON_RESUME and value != getattr(begun, name):
+            raise ValueError(
+                f"{name} must be left out or be the resumed run's {getattr(begun, name)}, "
+                f"got {value}"
+            )
+    free = {name: given[name] for name in _FREE_ON_RESUME & given.keys()}
+    return replace(begun, **free), folder
+
+
+def _check_free(folder: Path) -> None:
+    """``folder`` can become a run's: it is new or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"out must be a new or an empty folder, got {folder}, which holds something; "
+            f"to go on with a run there: {flag_of('resume')} {folder}"
+        )
+
+
+def _claim_folder(config: TrainConfig) -> Path:
+    """Make the run's folder with its config.json, and nobody else's."""
+    started = time.strftime("%Y%m%d-%H%M%S")
+    default = f"runs/{Path(config.dataset).stem}-resnet{config.depth}-{started}"
+    folder = Path(config.out or default)
+    _check_free(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=config.out is not None)
+        write_json(folder / "config.json", config.to_dict())
+    except OSError as error:
+        raise ValueError(f"out must be a folder that can be written: {error}") from None
+    return folder
+
+
+def _device(config: TrainConfig) -> torch.device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu or auto where PyTorch finds no GPU, got cuda")
+    device = torch.device(name)
+    if config.implementation != "auto":
+        reason = ops.why_not(config.implementation, device)
+        if reason is not None:
+            raise ValueError(
+                f"implementation must be one that can run here, got "
+                f"{config.implementation}: {reason}"
+            )
+    return device
+
+
+def _dtype(config: TrainConfig) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    return "fp16" if _device(config).type == "cuda" else "fp32"
+
+
+def _summarize(folder: Path, config: TrainConfig, accuracies: list[float]) -> None:
+    """Print and keep mean and standard deviation over the seeds."""
+    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+    seeds = list(range(config.seed, config.seed + config.runs))
+    write_json(
+        folder / "summary.json",
+        {"seeds": seeds, "accuracies": accuracies, "mean": mean, "standard_deviation": deviation},
+    )
+    print(
+        f"{config.runs} runs of ResNet-{config.depth}: accuracy {100 * mean:.2f} % "
+        f"+- {100 * deviation:.2f} (mean, standard deviation); in {folder}"
+    )
+
+
+def _evaluate(config: TrainConfig, given: dict) -> int:
+    """Score a checkpoint, this package's or a published one, on the test set."""
+    content = read_checkpoint(config.eval)
+    _, depth, num_classes = read_weights(config.eval)
+    if given.get("depth", depth) != depth:
+        raise ValueError(
+            f"depth must be left out or be the checkpoint's {depth}, got {config.depth}"
+        )
+    trained = content.get("config", {})  # a published checkpoint has none
+    name = given.get("dataset") or trained.get("dataset") or "cifar10"
+    dataset = load_dataset(name, config.data_root, config.limit)
+    if len(dataset.classes) != num_classes:
+        raise ValueError(
+            f"dataset must have the checkpoint's {num_classes} classes, "
+            f"{dataset.name} has {len(dataset.classes)}"
+        )
+    if "mean" in content and "normalization" not in given:
+        mean, std = torch.tensor(content["mean"]), torch.tensor(content["std"])
+    elif config.normalization == "imagenet":
+        mean, std = IMAGENET_STATISTICS
+    else:
+        mean, std = dataset.channel_statistics()
+    device = _device(config)
+    model = FastResNet(depth, num_classes, config.implementation)
+    load_checkpoint(model, config.eval)
+    size = min(config.batch_size, len(dataset.x_test))
+    loader = Loader(dataset.x_test, dataset.y_test, mean, std, batch_size=size, device=device)
+    engine = Engine(
+        model, device=device, dtype=DTYPES[_dtype(config)], momentum=0.0, weight_decay=0.0
+    )
+    loss, accuracy = engine.evaluate(loader.evaluation_batches())
+    print(
+        f"ResNet-{depth} on {dataset.name}: test accuracy {100 * accuracy:.2f} %, "
+        f"loss {loss:.4f}, {len(dataset.x_test)} pictures; {config.eval}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
