@@ -64,22 +64,16 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} must be a file, found none there")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > path.stat().st_size:
-            raise ValueError(
-                f"checkpoint {path} must be stored uncompressed, as torch.save does; "
-                f"its {path.stat().st_size} bytes unpack to {unpacked}"
-            )
     try:
+        if zipfile.is_zipfile(path):
+            _check_unpacked_size(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"checkpoint {path} must hold tensors and plain values only, and be whole; "
             f"it is damaged, or not a checkpoint, or holds other Python objects"
         ) from None
-    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:  # a damaged file can make the readers stumble over anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"checkpoint {path} cannot be read: {reason}") from None
     if not isinstance(content, dict):
@@ -87,3 +81,13 @@ def read_checkpoint(path: str | Path) -> dict:
             f"checkpoint {path} must hold a dictionary, got a {type(content).__name__}"
         )
     return content
+
+
+def _check_unpacked_size(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    size = path.stat().st_size
+    if unpacked > size:
+        raise ValueError(
+            f"must be stored uncompressed, as torch.save does; {size} bytes unpack to {unpacked}"
+        )

@@ -5,7 +5,7 @@ striped background with a slope of light, partly hidden by a bar, under noise. N
 tells the class, so a linear classifier stays low, while a small ResNet passes 90 %.
 
 The same bytes come out everywhere: the randomness is numpy's Philox generator, whose stream is
-fixed by (split, thousand), and the drawing uses only IEEE float32 operations that round the same
+fixed by (split, chunk), and the drawing uses only IEEE float32 operations that round the same
 on every machine (+ - * / sqrt, comparisons; no sin, no exp, no matrix product).
 
 ====  =================================================================
@@ -33,7 +33,7 @@ CLASSES = (
 SIZES = {"train": 50_000, "test": 10_000}
 
 _SIDE = 32
-_CHUNK = 1000  # pictures drawn at a time, each chunk from a random stream of its own
+_CHUNK = 250  # pictures drawn at a time, each chunk from a random stream of its own
 _SEEDS = {"train": 2015, "test": 2016}
 
 _SQRT3_HALF = 0.8660254
@@ -98,15 +98,15 @@ def _draw_chunk(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
     x, y = axis[None, None, :], axis[None, :, None]
 
     background = draws.uniform(0, 1, 3)
-    # a channel of the figure differs from the background's by 0.2 to 0.8, around the circle 0 .. 1
-    figure = background + draws.uniform(0.2, 0.8, 3)
+    # the figure's channels differ from the background's by 0.25 to 0.75, around the circle 0 .. 1
+    figure = background + draws.uniform(0.25, 0.75, 3)
     figure = np.where(figure >= 1, figure - 1, figure)
-    picture = _striped(draws, x, y, background, contrast=0.3)
-    inside = _striped(draws, x, y, figure, contrast=0.3)
+    picture = _striped(draws, x, y, background, contrast=0.2)
+    inside = _striped(draws, x, y, figure, contrast=0.2)
 
-    radius = draws.uniform(6, 12)
+    radius = draws.uniform(8, 13)
     cosine, sine = draws.direction()
-    shifted_x, shifted_y = x - draws.uniform(-5, 5), y - draws.uniform(-5, 5)
+    shifted_x, shifted_y = x - draws.uniform(-4, 4), y - draws.uniform(-4, 4)
     u = (cosine * shifted_x + sine * shifted_y) / radius
     v = (cosine * shifted_y - sine * shifted_x) / radius
     d = np.empty_like(u)
@@ -123,8 +123,8 @@ def _draw_chunk(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
 
     # light falls off across the picture, and the camera adds noise
     cosine, sine = draws.direction()
-    light = 1 + (cosine * x + sine * y) * draws.uniform(0, 0.025)
-    picture = picture * light[:, None] + draws.noise() * draws.uniform(0.1, 0.5, 1)
+    light = 1 + (cosine * x + sine * y) * draws.uniform(0, 0.02)
+    picture = picture * light[:, None] + draws.noise() * draws.uniform(0.05, 0.3, 1)
     octets = np.clip(picture * 255 + np.float32(0.5), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(octets.transpose(0, 2, 3, 1)), labels
 

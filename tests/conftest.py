@@ -1,6 +1,9 @@
 """Fixtures of all tests. Without a GPU, Triton kernels run in Triton's interpreter."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,17 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def cifar10(tmp_path_factory) -> Path:
+    """A .npz file with the first pictures of the real CIFAR-10, where its sheets are at hand."""
+    unpack = Path(__file__).parents[2] / "shared" / "data" / "unpack_cifar10.py"
+    if not unpack.exists():
+        pytest.skip(f"the real CIFAR-10 is not here: no {unpack}")
+    path = tmp_path_factory.mktemp("cifar10") / "cifar10.npz"
+    subprocess.run([sys.executable, unpack, path, "--limit", "5000"], check=True)
+    return path
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,453 @@
+"""The command line: what a run writes, exact resume, bad input, evaluation."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cifar_resnet_fast import FastResNet, load_checkpoint
+from cifar_resnet_fast.engine import Engine
+from cifar_resnet_fast.train import main
+
+# ResNet-8 on 64 drawn pictures: 4 steps an epoch, well under a second
+TINY = (
+    "--dataset shapes --limit 64 --depth 8 --batch-size 16 --epochs 3 --lr 0.1 --warmup-epochs 1 "
+    "--milestones 2 --device cpu"
+).split()
+STEPS = 4
+
+
+def run(*arguments, out):
+    assert main([*TINY, *map(str, arguments), "--out", str(out)]) == 0
+    return out
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def tensors(value, name=""):
+    """All tensors in a nest of dictionaries and lists, by their place."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {}
+    found = {}
+    for key, item in value.items():
+        found |= tensors(item, f"{name}.{key}")
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """So little work is done fastest by one; and the same number each time gives the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return run(out=tmp_path_factory.mktemp("runs") / "finished")
+
+
+# --- what a run leaves -------------------------------------------------------------------------
+
+
+def test_run_folder(finished):
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "checkpoint.pt",
+        "config.json",
+        "curves.png",
+        "metrics.jsonl",
+    ]
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((finished / "config.json").read_text())
+    assert config["depth"] == 8
+    assert config["dataset"] == "shapes"
+    assert config["dtype"] == "fp32", "auto is written down as what it stood for"
+    rows = metrics(finished)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.1, 0.01])
+    for row in rows:
+        assert 0 <= row["train_accuracy"] <= 1
+        assert row["train_loss"] > 0
+        assert row["images_per_second"] > 0
+
+
+def test_checkpoint_loads_as_a_network_and_scores_what_was_logged(finished, capsys):
+    load_checkpoint(FastResNet(8), finished / "checkpoint.pt")
+    assert main(["--eval", str(finished / "checkpoint.pt"), "--limit", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert f"test accuracy {100 * metrics(finished)[-1]['test_accuracy']:.2f} %" in shown
+    assert f"loss {metrics(finished)[-1]['test_loss']:.4f}" in shown
+
+
+def test_published_checkpoint_is_evaluated(tmp_path, capsys):
+    state = {f"module.{key}": value for key, value in FastResNet(14).state_dict().items()}
+    torch.save({"state_dict": state, "best_prec1": 90.0}, tmp_path / "resnet14.th")
+    arguments = ["--eval", tmp_path / "resnet14.th", "--dataset", "shapes", "--limit", "32"]
+    for normalization in ("dataset", "imagenet"):
+        assert main([*map(str, arguments), "--normalization", normalization]) == 0
+        assert "ResNet-14 on shapes: test accuracy" in capsys.readouterr().out
+
+
+def test_same_seed_same_bits_other_seed_other_weights(finished, tmp_path):
+    again = run(out=tmp_path / "again")
+    other = run("--seed", 1, out=tmp_path / "other")
+    ours, same, different = (tensors(checkpoint(f)) for f in (finished, again, other))
+    assert all(torch.equal(ours[name], same[name]) for name in ours)
+    assert not torch.equal(ours[".state_dict.conv1.weight"], different[".state_dict.conv1.weight"])
+
+
+def test_several_runs(tmp_path, finished, capsys):
+    out = run("--runs", 2, out=tmp_path / "runs")
+    accuracies = [metrics(out / f"seed-{n}")[-1]["test_accuracy"] for n in (0, 1)]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["accuracies"] == accuracies
+    assert summary["mean"] == pytest.approx(sum(accuracies) / 2)
+    deviation = abs(accuracies[0] - accuracies[1]) / math.sqrt(2)
+    assert summary["standard_deviation"] == pytest.approx(deviation)
+    assert "2 runs of ResNet-8: accuracy" in capsys.readouterr().out
+    ours, first = tensors(checkpoint(finished)), tensors(checkpoint(out / "seed-0"))
+    assert all(torch.equal(ours[name], first[name]) for name in ours)
+
+
+def test_tensorboard(tmp_path):
+    out = run("--tensorboard", out=tmp_path / "run")
+    (events,) = (out / "tensorboard").iterdir()
+    assert b"test_accuracy" in events.read_bytes()
+
+
+def test_validation_split_is_taken_from_the_training_pictures(tmp_path, capsys):
+    out = run("--validation", 16, out=tmp_path / "run")
+    assert checkpoint(out)["data"]["train"] == 48
+    assert "validation" in capsys.readouterr().out
+
+
+# --- stopping and resuming -----------------------------------------------------------------------
+
+
+def stop_at(monkeypatch, step, number=signal.SIGINT):
+    """The user presses Ctrl-C while step ``step`` (from 1) is running."""
+    train_step, taken = Engine.train_step, []
+
+    def stopping(engine, *arguments):
+        taken.append(None)
+        if len(taken) == step:
+            os.kill(os.getpid(), number)
+        return train_step(engine, *arguments)
+
+    monkeypatch.setattr(Engine, "train_step", stopping)
+
+
+SETTINGS = {
+    "plain": [],
+    "ema-smoothing": ["--ema", "0.9", "--label-smoothing", "0.1"],
+    "bf16": ["--dtype", "bf16"],
+    "fp16": ["--dtype", "fp16"],
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "stops"),
+    [
+        ("plain", [1]),
+        ("plain", [4]),  # the last step of an epoch: a stop at the boundary
+        ("plain", [6]),
+        ("plain", [2, 5, 4]),  # resumed and stopped again
+        ("plain", [12]),  # the very last step: nothing is left to resume
+        ("ema-smoothing", [7]),
+        ("bf16", [7]),
+        ("fp16", [7]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_resume_is_exact(tmp_path, monkeypatch, capsys, settings, stops):
+    whole = run(*SETTINGS[settings], out=tmp_path / "whole")
+    out, arguments = tmp_path / "stopped", [*TINY, *SETTINGS[settings]]
+    arguments += ["--out", str(out)]
+    for stop in stops:
+        with monkeypatch.context() as patch:
+            stop_at(patch, stop)
+            status = main(arguments)
+        arguments = ["--resume", str(out)]
+        assert status == (0 if stop == 3 * STEPS else 130)
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(arguments) == 0
+    ours, theirs = tensors(checkpoint(whole)), tensors(checkpoint(out))
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 60
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    timeless = [
+        [{k: v for k, v in row.items() if "second" not in k} for row in metrics(folder)]
+        for folder in (whole, out)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_stop_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 2, signal.SIGTERM)
+    assert main([*TINY, "--out", str(tmp_path / "run")]) == 130
+    assert (
+        f"stopped after step 2; go on with --resume {tmp_path / 'run'}" in capsys.readouterr().err
+    )
+
+
+def test_rows_after_the_checkpoint_are_dropped(finished, tmp_path):
+    """Killed between an epoch's row and its checkpoint: the epoch is trained again."""
+    out = run(out=tmp_path / "run")
+    second = checkpoint(out)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 4, "step": 16, "lr": 1')
+    assert main(["--resume", str(out)]) == 0
+    assert [row["epoch"] for row in metrics(out)] == [1, 2, 3]
+    assert checkpoint(out)["step"] == second["step"]
+
+
+def test_several_runs_resume(tmp_path, monkeypatch):
+    out = tmp_path / "runs"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3 * STEPS + 5)
+        assert main([*TINY, "--runs", "2", "--out", str(out)]) == 130
+    assert main(["--resume", str(out)]) == 0
+    whole = run("--seed", 1, out=tmp_path / "whole")
+    ours, theirs = tensors(checkpoint(whole)), tensors(checkpoint(out / "seed-1"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert len(json.loads((out / "summary.json").read_text())["accuracies"]) == 2
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def bad_input(arguments, capsys):
+    """The one line on stderr of a command that must fail with status 2."""
+    with pytest.raises(SystemExit) as status:
+        main([str(argument) for argument in arguments])
+    assert status.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1, shown
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--depth 21", "--depth must be 6n + 2 and at least 8"),
+        ("--depth twenty", "--depth: invalid int value: 'twenty'"),
+        ("--dataset cifar11", "--dataset must be one of auto, cifar10"),
+        ("--dataset none.npz", "--dataset none.npz must be a file"),
+        ("--batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("--batch-size 65", "--batch-size must be in 1 .. 64, the number of pictures, got 65"),
+        ("--lr -0.1", "--lr must be more than 0, got -0.1"),
+        ("--lr nan", "--lr must be more than 0, got nan"),
+        ("--epochs 0", "--epochs must be at least 1, got 0"),
+        ("--momentum 1", "--momentum must be at least 0 and less than 1, got 1.0"),
+        ("--milestones 5 3", "--milestones must be rising epochs"),
+        ("--validation 64", "--validation must be smaller than the 64"),
+        ("--dtype int8", "--dtype: invalid choice: 'int8'"),
+        ("--seed -1", "--seed must be in 0 .. 2**63 - 1, got -1"),
+        ("--speed 3", "unrecognized arguments: --speed 3"),
+        ("--eval none.pt", "none.pt must be a file"),
+        ("--resume none", "--resume must name the folder of a run"),
+    ],
+)
+def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert message in bad_input([*TINY, *arguments.split()], capsys)
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_cuda_without_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "--device must be cpu or auto" in bad_input([*TINY, "--device", "cuda"], capsys)
+
+
+def test_cifar10_without_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cifar_resnet_fast.datasets._why_unreachable", lambda *a: "no network")
+    arguments = ["--dataset", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "run"]
+    shown = bad_input(arguments, capsys)
+    assert "put cifar-10-batches-py" in shown
+    assert ".npz file or a folder" in shown
+
+
+def test_out_that_holds_a_run_is_kept(finished, capsys):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    shown = bad_input([*TINY, "--out", finished], capsys)
+    assert "--out must be a new or an empty folder" in shown
+    assert f"--resume {finished}" in shown
+    assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
+
+
+def test_out_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    shown = bad_input([*TINY, "--out", tmp_path / "file" / "run"], capsys)
+    assert "--out must be a folder that can be written" in shown
+    assert "must be a new or an empty folder" in bad_input(
+        [*TINY, "--out", tmp_path / "file"], capsys
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_checkpoint_of_another_network(finished, capsys):
+    path = finished / "checkpoint.pt"
+    shown = bad_input(["--eval", path, "--depth", 20], capsys)
+    assert "--depth must be left out or be the checkpoint's 8, got 20" in shown
+
+
+def test_checkpoint_of_another_class_count(tmp_path, capsys):
+    torch.save(FastResNet(8, 100).state_dict(), tmp_path / "hundred.pt")
+    shown = bad_input(["--eval", tmp_path / "hundred.pt", "--dataset", "shapes"], capsys)
+    assert "--dataset must have the checkpoint's 100 classes, shapes has 10" in shown
+
+
+def test_corrupt_checkpoint(finished, tmp_path, capsys):
+    data = (finished / "checkpoint.pt").read_bytes()
+    path = tmp_path / "cut.pt"
+    path.write_bytes(data[: len(data) // 2])
+    assert f"checkpoint {path}" in bad_input(["--eval", path], capsys)
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        assert main([*TINY, "--out", str(tmp_path / "run")]) == 130
+    return tmp_path / "run"
+
+
+def test_resume_with_other_settings(stopped, capsys):
+    capsys.readouterr()
+    shown = bad_input(["--resume", stopped, "--lr", "0.5"], capsys)
+    assert "--lr must be left out or be the resumed run's 0.1, got 0.5" in shown
+
+
+def test_resume_from_a_damaged_checkpoint(stopped, capsys):
+    capsys.readouterr()
+    path = stopped / "checkpoint.pt"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1000])
+    assert f"checkpoint {path}" in bad_input(["--resume", stopped], capsys)
+    assert path.read_bytes() == data[:-1000]
+
+
+def test_resume_from_another_runs_checkpoint(stopped, tmp_path, capsys):
+    other = run("--depth", 14, out=tmp_path / "other")
+    capsys.readouterr()
+    (stopped / "checkpoint.pt").write_bytes((other / "checkpoint.pt").read_bytes())
+    shown = bad_input(["--resume", stopped], capsys)
+    assert "does not fit the run: depth must be 8, as in config.json, got 14" in shown
+
+
+def test_resume_with_other_data(stopped, capsys):
+    capsys.readouterr()
+    path = stopped / "config.json"
+    path.write_text(path.read_text().replace('"limit": 64', '"limit": 60'))
+    assert "data set is not the one" in bad_input(["--resume", stopped], capsys)
+
+
+def test_damaged_config(stopped, capsys):
+    capsys.readouterr()
+    for damage in ("{", '{"depth": "8"}', '{"speed": 1}', "[]", '{"depth": 9}'):
+        (stopped / "config.json").write_text(damage)
+        assert "config.json is damaged" in bad_input(["--resume", stopped], capsys)
+
+
+# --- failures on the way -------------------------------------------------------------------------
+
+
+def test_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
+    train_step, taken = Engine.train_step, []
+
+    def diverging(engine, *arguments):
+        taken.append(None)
+        loss, correct = train_step(engine, *arguments)
+        return (loss * math.nan if len(taken) >= 6 else loss), correct
+
+    monkeypatch.setattr(Engine, "train_step", diverging)
+    out = tmp_path / "run"
+    assert main([*TINY, "--out", str(out)]) == 1
+    shown = capsys.readouterr().err
+    assert "the loss is nan at step 6 (epoch 1.50)" in shown
+    assert f"{out / 'checkpoint.pt'} keeps the last good state" in shown
+    assert checkpoint(out)["step"] == STEPS
+
+
+def test_a_real_divergence_leaves_no_bad_checkpoint(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*TINY, "--lr", "1e30", "--warmup-epochs", "0", "--out", str(out)]) == 1
+    assert "training stopped, nothing was saved yet" in capsys.readouterr().err
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_full_disk(tmp_path, monkeypatch, capsys):
+    from cifar_resnet_fast import run as run_module
+
+    save, calls = run_module.save_checkpoint, []
+
+    def full(path, content):
+        calls.append(None)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        save(path, content)
+
+    monkeypatch.setattr(run_module, "save_checkpoint", full)
+    assert main([*TINY, "--out", str(tmp_path / "run")]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert [row["epoch"] for row in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+# --- what the user sees ------------------------------------------------------------------------
+
+
+def test_plain_lines_without_a_terminal(tmp_path):
+    command = [sys.executable, "-m", "cifar_resnet_fast.train", *TINY, "--out", tmp_path / "run"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert [line.split()[1] for line in lines[:3]] == ["1/3", "2/3", "3/3"]
+    assert "test accuracy" in lines[3]
+    assert len(lines) == 4
+    assert "\x1b" not in shown.stdout
+
+
+def test_live_bar_on_a_terminal(tmp_path):
+    import pty
+
+    command = [sys.executable, "-m", "cifar_resnet_fast.train", *TINY, "--out", tmp_path / "run"]
+    parent, child = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "140"}
+    process = subprocess.Popen(command, stdout=child, stderr=child, env=environment)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            part = os.read(parent, 65536)
+        except OSError:  # the other side is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(parent)
+    assert process.wait(timeout=120) == 0
+    text = shown.decode()
+    for piece in ("epoch 1/3", "━", "images/s", "loss", "/12"):
+        assert piece in text
