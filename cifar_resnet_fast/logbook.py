@@ -164,6 +164,8 @@ def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> Non
         percent = [100 * r[f"{split}_accuracy"] for r in rows]
         accuracy.plot(epochs, percent, label=label, marker=marker)
     loss.set(xlabel="epoch", ylabel="cross entropy", yscale="log")
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter("{x:g}")
     accuracy.set(xlabel="epoch", ylabel="accuracy, %")
     rate = loss.twinx()
     rate.plot(epochs, [r["lr"] for r in rows], color="grey", linestyle=":", label="learning rate")
