@@ -51,7 +51,7 @@ class TrainConfig:
     warmup_epochs: float = _flag(5.0, "epochs over which the learning rate rises linearly")
     milestones: tuple[int, ...] = _flag((80, 120), "epochs at which it drops to a tenth")
     label_smoothing: float = _flag(0.0, "of the training loss, 0 to 1")
-    ema: float = _flag(0.0, "decay a step of averaged weights to evaluate with (0: none)")
+    ema: float = _flag(0.0, "decay a step of averaged weights to evaluate with; 0 for none")
     seed: int = _flag(0, "of the initial weights and of every random draw")
     runs: int = _flag(1, "train so many times, with seeds from --seed on")
 
@@ -153,10 +153,9 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
             options["choices"] = item.metadata["choices"]
             if not options["choices"]:
                 options["metavar"] = item.name.split("_")[-1].upper()
-        if item.default not in (None, False):
-            shown = (
-                item.default if hint is not tuple[int, ...] else " ".join(map(str, item.default))
-            )
+        if item.default is not None and hint is not bool:
+            several = isinstance(item.default, tuple)
+            shown = " ".join(map(str, item.default)) if several else item.default
             options["help"] += f" (default: {shown})"
         parser.add_argument(flag_of(item.name), **options)
     given = vars(parser.parse_args(arguments))
