@@ -1,5 +1,245 @@
-"""Everything is in pyproject.toml; the compiled extension will be declared here."""
+"""Builds what this machine can of the compiled extension; pyproject.toml has everything else.
 
-from setuptools import setup
+``_C`` (csrc/cpu.cpp: schemas and CPU code) needs torch and a C++20 compiler; ``_cuda``
+(csrc/cuda.cpp and csrc/kernels/: the CUDA kernels) also a torch with CUDA and a CUDA toolkit of
+its major version. No GPU has to be there. What cannot be built is left out, and the reason is
+recorded where ``python -m cifar_resnet_fast.info`` shows it: pip hides what is printed here.
 
-setup()
+torch is not in pyproject.toml's build requirements: pip would build against a torch of its own,
+not against the one that is installed. Hence ``pip install --no-build-isolation .``; an isolated
+build gives a pure Python package.
+
+Both libraries use torch's stable ABI as of 2.11 and Python's as of 3.10: one wheel serves them and
+all later ones.
+
+CIFAR_RESNET_FAST_BUILD  auto (what can be built; the default), cuda (both libraries, or fail),
+                         cpu (_C, or fail) or none
+TORCH_CUDA_ARCH_LIST     as in torch.utils.cpp_extension; default 8.0;8.6;8.9;9.0+PTX
+CUDA_HOME, CXX, MAX_JOBS as in torch.utils.cpp_extension
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Command, setup
+from setuptools.command.build import build
+
+PACKAGE = "cifar_resnet_fast"
+OLDEST_TORCH = (2, 11)
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0")
+WITHOUT_C = "every operation then runs in plain PyTorch or Triton"
+WITHOUT_CUDA = "GPUs then run plain PyTorch or Triton"
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-Wall",
+    "-Wextra",
+    "-ffp-contract=off",  # bit-identical to the reference
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
+NVCC_FLAGS = ["-O3", "-lineinfo", "-std=c++20", "-Xcompiler", "-Wall,-Wextra"]
+
+mode = os.environ.get(f"{PACKAGE.upper()}_BUILD", "auto")
+if mode not in ("auto", "cuda", "cpu", "none"):
+    sys.exit(f"{PACKAGE.upper()}_BUILD must be auto, cuda, cpu or none, got {mode!r}")
+# what the package will show: the libraries that were built, with what, and why others were not
+record = {
+    "mode": mode,
+    "built": [],
+    "missing": {},
+    "torch": None,
+    "cuda": None,
+    "architectures": None,
+}
+
+
+def leave_out(library: str, reason: str) -> None:
+    if mode == "cuda" or (mode == "cpu" and library == "_C"):
+        sys.exit(f"{PACKAGE.upper()}_BUILD={mode}, but {library} cannot be built: {reason}")
+    record["missing"][library] = reason
+    print(f"{PACKAGE}: {library} is left out: {reason}", file=sys.stderr)
+
+
+def why_not_compile() -> str | None:
+    """What is missing for any compiled library."""
+    try:
+        import torch
+    except ImportError as error:
+        return (
+            f"torch cannot be imported while building ({error}; pip isolates builds: "
+            f"pip install --no-build-isolation); {WITHOUT_C}"
+        )
+    record["torch"] = torch.__version__
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < OLDEST_TORCH:
+        return f"torch {torch.__version__} is older than 2.11; {WITHOUT_C}"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler}); {WITHOUT_C}"
+    return None
+
+
+def find_cuda_home() -> Path | None:
+    """A toolkit with nvcc and headers: CUDA_HOME, or torch's guess, or the usual place.
+
+    An nvcc on the PATH alone may be a wrapper that makes torch guess a folder without headers.
+    """
+    from torch.utils import cpp_extension
+
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    for home in [named] if named else [cpp_extension.CUDA_HOME, "/usr/local/cuda"]:
+        if (
+            home
+            and Path(home, "bin/nvcc").exists()
+            and Path(home, "include/cuda_runtime.h").exists()
+        ):
+            return Path(home)
+    return None
+
+
+def ask_nvcc(home: Path, flag: str) -> str:
+    command = [str(home / "bin/nvcc"), flag]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def why_not_cuda(home: Path | None) -> str | None:
+    """What is missing for the CUDA library, where the CPU one can be built."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; {WITHOUT_CUDA}"
+    if home is None:
+        return (
+            f"there is no CUDA toolkit (nvcc and headers; torch has CUDA {torch.version.cuda}; "
+            f"CUDA_HOME names one); {WITHOUT_CUDA}"
+        )
+    toolkit = re.search(r"release (\d+\.\d+)", ask_nvcc(home, "--version"))[1]
+    if toolkit.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return (
+            f"the toolkit is CUDA {toolkit}, torch has CUDA {torch.version.cuda}; {WITHOUT_CUDA}"
+        )
+    record["cuda"] = toolkit
+    return None
+
+
+def libraries() -> list:
+    """The extension modules to build, and their reasons in ``record`` for those that cannot be."""
+    if mode == "none":
+        for library in ("_C", "_cuda"):
+            leave_out(library, f"{PACKAGE.upper()}_BUILD=none; {WITHOUT_C}")
+        return []
+    reason = why_not_compile()
+    if reason is not None:
+        for library in ("_C", "_cuda"):
+            leave_out(library, reason)
+        return []
+
+    from torch.utils import cpp_extension
+
+    # as system headers, torch's own do not take part in our warnings
+    system = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+
+    def library(kind, name, sources):
+        extension = kind(
+            f"{PACKAGE}.{name}",
+            sources,
+            extra_compile_args={"cxx": CXX_FLAGS + system, "nvcc": list(NVCC_FLAGS)},
+            py_limited_api=True,
+        )
+        extension.optional = mode == "auto"  # setuptools then copies it only if it is there
+        return extension
+
+    extensions = [library(cpp_extension.CppExtension, "_C", ["csrc/cpu.cpp"])]
+    home = None if mode == "cpu" else find_cuda_home()
+    reason = (
+        f"{PACKAGE.upper()}_BUILD=cpu; {WITHOUT_CUDA}" if mode == "cpu" else why_not_cuda(home)
+    )
+    if reason is not None:
+        leave_out("_cuda", reason)
+        return extensions
+    if not os.environ.get(
+        "TORCH_CUDA_ARCH_LIST"
+    ):  # unset, torch asks the GPU, which may be absent
+        known = ask_nvcc(home, "--list-gpu-arch")
+        chosen = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen) + "+PTX"
+    record["architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
+    os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(home)
+    kernels = sorted(str(path) for path in Path("csrc/kernels").glob("*.cu"))
+    extensions.append(library(cpp_extension.CUDAExtension, "_cuda", ["csrc/cuda.cpp", *kernels]))
+    return extensions
+
+
+def build_libraries_command() -> type:
+    """torch's build command, which in mode auto records a failure in place of failing."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildLibraries(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = "build/objects"  # kept, also by an editable install, to build less
+
+        def build_extension(self, extension):
+            name = extension.name.rpartition(".")[2]
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                if mode != "auto":
+                    raise
+                leave_out(
+                    name, f"compiling failed ({error}); {PACKAGE.upper()}_BUILD=cuda shows how"
+                )
+            else:
+                record["built"].append(name)
+
+    return BuildLibraries
+
+
+class BuildInfo(Command):
+    """Writes the record of the build beside the package's modules, after everything else."""
+
+    user_options = [("build-lib=", "b", "folder of the built package")]
+    editable_mode = False
+
+    def initialize_options(self):
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def _folder(self) -> Path:
+        return Path(PACKAGE) if self.editable_mode else Path(self.build_lib, PACKAGE)
+
+    def run(self):
+        for path in self._folder().glob("*.so"):
+            if path.name.split(".")[0] not in record["built"]:
+                path.unlink()  # of an earlier build
+        (self._folder() / "_build_info.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def get_outputs(self):
+        return [str(Path(self.build_lib, PACKAGE, "_build_info.json"))]
+
+    def get_output_mapping(self):
+        return {}
+
+    def get_source_files(self):
+        return []
+
+
+class Build(build):
+    sub_commands = [*build.sub_commands, ("build_info", None)]
+
+
+os.chdir(Path(__file__).parent)
+extensions = libraries()
+commands = {"build": Build, "build_info": BuildInfo}
+options = {}
+if extensions:
+    commands["build_ext"] = build_libraries_command()
+    options["bdist_wheel"] = {"py_limited_api": "cp310"}
+setup(ext_modules=extensions, cmdclass=commands, options=options)

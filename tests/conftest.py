@@ -28,6 +28,21 @@ def cifar10(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def poisoned_memory():
+    """Memory that torch hands out, to C++ too, holds NaN in place of what was there by chance.
+
+    Not under tests/sanitize.sh, whose initcheck looks for memory that nothing has written.
+    """
+    if os.environ.get("SANITIZED"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

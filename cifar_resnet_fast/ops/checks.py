@@ -1,7 +1,7 @@
 """Argument checks of the public operations, before anything is launched (layer 1).
 
 Errors name the argument, the rule and the value. TypeError for what is not of the right kind
-(tensor, dtype), ValueError for the rest.
+(tensor, dtype), ValueError for the rest. csrc/checks.h has the same rules in the same words.
 """
 
 import torch
@@ -41,3 +41,44 @@ def check_stride(stride: int) -> None:
     """``stride`` is 1 or 2; ValueError where not."""
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride!r}")
+
+
+def check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """``value`` is of ``dtype``; TypeError where not."""
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+
+
+def check_out_channels(name: str, in_channels: int, out_channels: int) -> None:
+    """Half of the option-A shortcut's new channels go in front; ValueError where they cannot."""
+    if out_channels < in_channels or (out_channels - in_channels) % 2:
+        raise ValueError(
+            f"{name} must be x's {in_channels} channels or an even number more, got {out_channels}"
+        )
+
+
+def check_affine(name: str, value: Tensor, x: Tensor, channels: int) -> None:
+    """``value`` is one number a channel, in the dtype in which ``x`` is computed with.
+
+    Raises:
+        TypeError: not float32, or float64 where x is
+        ValueError: another shape or device, or not contiguous
+    """
+    check_tensor(name, value, "K", like=x)
+    check_dtype(name, value, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    check_shape(name, value, (channels,))
+    if not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
+
+
+def is_channels_last(value: Tensor) -> bool:
+    """Whether ``value`` [N, C, H, W] is a row-major [N, H, W, C] array in memory."""
+    return value.is_contiguous(memory_format=torch.channels_last)
+
+
+def check_channels_last(name: str, value: Tensor) -> None:
+    """``value`` [N, C, H, W] is channels-last; ValueError where not."""
+    if not is_channels_last(value):
+        raise ValueError(
+            f"{name} must be channels-last [N, C, H, W], got strides {value.stride()}"
+        )

@@ -1,38 +1,62 @@
 """Which implementation of an operation runs: the only place that chooses (layer 1).
 
-``auto`` takes the first of ``IMPLEMENTATIONS`` that can run on the tensor's device. One that was
-asked for by name and cannot run is an error that says why; nothing falls back silently.
+``reference`` is plain PyTorch; ``cuda`` is the compiled extension. An operation need not have all
+of them, so the question is always asked for one operation. On a CUDA tensor ``auto`` takes the
+fastest that can run there, on any other tensor the reference. One that was asked for by name and
+cannot run is an error that says why; nothing falls back silently. By name, ``cuda`` also serves
+CPU tensors, with the C++ twins by which its kernels are tested.
 """
 
 import torch
 
-IMPLEMENTATIONS = ("reference",)  # fastest first
+from cifar_resnet_fast.ops.extension import why_not_extension
+
+IMPLEMENTATIONS = ("cuda", "reference")
+OPERATIONS = {  # and their implementations, fastest first
+    "conv_bn_relu": ("reference",),
+    "shortcut_a": ("cuda", "reference"),
+    "stage_border": ("cuda", "reference"),
+}
 
 
-def why_not(implementation: str, device: torch.device) -> str | None:
-    """The reason why ``implementation`` cannot run on ``device``, or None where it can."""
-    if implementation == "reference":
-        return None
-    raise ValueError(
-        f"implementation must be one of {', '.join(('auto', *IMPLEMENTATIONS))}, "
-        f"got {implementation!r}"
-    )
+def why_not(implementation: str, device: torch.device, operation: str) -> str | None:
+    """The reason why ``operation`` cannot run in ``implementation`` on ``device``, None if it can.
+
+    Raises:
+        ValueError: the implementation's name is unknown
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(('auto', *IMPLEMENTATIONS))}, "
+            f"got {implementation!r}"
+        )
+    if implementation not in OPERATIONS[operation]:
+        return f"{operation} has no implementation of that name"
+    if implementation == "cuda":
+        return why_not_extension(device)
+    return None
 
 
-def choose(implementation: str, device: torch.device) -> str:
-    """The name of the implementation that runs on ``device``.
+def choose(implementation: str, device: torch.device, operation: str) -> str:
+    """The name of the implementation of ``operation`` that runs on ``device``.
 
     Args:
         implementation: ``auto`` or one of ``IMPLEMENTATIONS``
         device: where the tensors live
+        operation: one of ``OPERATIONS``
 
     Raises:
         ValueError: the name is unknown
         RuntimeError: the named implementation cannot run on ``device``; says why
     """
     if implementation == "auto":
-        return next(name for name in IMPLEMENTATIONS if why_not(name, device) is None)
-    reason = why_not(implementation, device)
+        if device.type != "cuda":
+            return "reference"
+        names = OPERATIONS[operation]
+        return next(name for name in names if why_not(name, device, operation) is None)
+    reason = why_not(implementation, device, operation)
     if reason is not None:
-        raise RuntimeError(f"implementation {implementation!r} cannot run on {device}: {reason}")
+        raise RuntimeError(
+            f"implementation {implementation!r} cannot run {operation} on {device}: {reason}"
+        )
     return implementation

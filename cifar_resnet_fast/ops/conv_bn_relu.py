@@ -66,7 +66,7 @@ def conv_bn_relu(
     if shortcut is not None:
         check_tensor("shortcut", shortcut, "N K H W", like=x)
         check_shape("shortcut", shortcut, (N, K, -(-H // stride), -(-W // stride)))
-    choose(implementation, x.device)
+    choose(implementation, x.device, "conv_bn_relu")
     return reference.conv_bn_relu(
         x,
         weight,

@@ -6,8 +6,15 @@ Twin: ``reference.shortcut_a``.
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops.checks import check_stride, check_tensor
+from cifar_resnet_fast.ops.checks import (
+    check_channels_last,
+    check_out_channels,
+    check_stride,
+    check_tensor,
+    is_channels_last,
+)
 from cifar_resnet_fast.ops.choice import choose
+from cifar_resnet_fast.ops.shortcut_a_cuda import shortcut_a_cuda
 
 
 def shortcut_a(
@@ -19,22 +26,23 @@ def shortcut_a(
         x: [N, C, H, W]
         out_channels: K >= C, with K - C even
         stride: 1 or 2
-        implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
+        implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``; ``cuda`` takes a
+            channels-last x, ``auto`` leaves others to the reference
 
     Returns:
         [N, K, ceil(H / stride), ceil(W / stride)], in the memory format of ``x``
 
     Raises:
         TypeError: x is not a floating tensor
-        ValueError: a shape, the stride or out_channels breaks its rule
+        ValueError: a shape, the stride, out_channels or the layout breaks its rule
         RuntimeError: the named implementation cannot run here
     """
     check_stride(stride)
     check_tensor("x", x, "N C H W")
-    C = x.shape[1]
-    if out_channels < C or (out_channels - C) % 2:
-        raise ValueError(
-            f"out_channels must be x's {C} channels or an even number more, got {out_channels}"
-        )
-    choose(implementation, x.device)
+    check_out_channels("out_channels", x.shape[1], out_channels)
+    if implementation == "cuda":
+        check_channels_last("x", x)
+    chosen = choose(implementation, x.device, "shortcut_a")
+    if chosen == "cuda" and is_channels_last(x):
+        return shortcut_a_cuda(x, out_channels, stride)
     return reference.shortcut_a(x, out_channels, stride)

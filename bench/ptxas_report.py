@@ -1,0 +1,92 @@
+"""What ptxas says of every CUDA kernel, without a GPU: ``python bench/ptxas_report.py``.
+
+Compiles csrc/kernels/*.cu for every architecture of setup.py's default list, warnings being
+errors, and prints each kernel's registers, spilled bytes and static shared memory. Needs nvcc and
+c++filt.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURES = (80, 86, 89, 90)
+FLAGS = (
+    *("-std=c++20", "-O3", "-Xptxas", "-v"),
+    *("-Xcompiler", "-Wall,-Wextra,-Werror", "-Werror", "all-warnings"),
+    # as torch's extension builder sets them
+    *("-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__"),
+    *("-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__"),
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as compiled for one architecture; memory in bytes."""
+
+    name: str
+    architecture: int
+    registers: int
+    spilled: int
+    shared: int
+
+
+def find_nvcc() -> str | None:
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if home and Path(home, "bin/nvcc").exists():
+            return str(Path(home, "bin/nvcc"))
+    return shutil.which("nvcc")
+
+
+def report(source: Path, nvcc: str) -> list[Kernel]:
+    """Compile ``source``, a .cu file, and read what ptxas reports.
+
+    Raises:
+        RuntimeError: it does not compile without warnings; has the compiler's words
+    """
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, *FLAGS, *targets, "-c", str(source), "-o", f"{folder}/kernels.o"]
+        result = subprocess.run(command, capture_output=True, text=True)
+    log = result.stdout + result.stderr
+    if result.returncode != 0:
+        raise RuntimeError(f"{source} does not compile: {log}")
+    log = subprocess.run(["c++filt"], input=log, capture_output=True, text=True, check=True).stdout
+    kernels = []
+    for entry in log.split("Compiling entry function")[1:]:
+        name = re.search(r"(\w+_kernel(?:<[^(]*>)?)\(", entry)[1]
+        shared = re.search(r"(\d+) bytes smem", entry)
+        stored, loaded = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill", entry).groups()
+        kernels.append(
+            Kernel(
+                name=name.replace("(bool)", "").replace("(int)", ""),
+                architecture=int(re.search(r"for 'sm_(\d+)", entry)[1]),
+                registers=int(re.search(r"Used (\d+) registers", entry)[1]),
+                spilled=int(stored) + int(loaded),
+                shared=int(shared[1]) if shared else 0,
+            )
+        )
+    return kernels
+
+
+def sources() -> list[Path]:
+    return sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
+
+
+def main() -> None:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        sys.exit("there is no nvcc (CUDA_HOME, /usr/local/cuda or PATH)")
+    print(f"{'kernel':64} {'sm':>3} {'registers':>9} {'spilled':>7} {'shared':>7}")
+    for source in sources():
+        for k in sorted(report(source, nvcc), key=lambda k: (k.name, k.architecture)):
+            print(f"{k.name:64} {k.architecture:3} {k.registers:9} {k.spilled:7} {k.shared:7}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What is here and what can run: ``python -m cifar_resnet_fast.info`` (layer 4).
+
+Versions, devices, the compiled libraries, and for every operation and device which implementation
+``auto`` takes and why another one cannot run. Needs neither a GPU, Triton nor the extension.
+"""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from cifar_resnet_fast import ops
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} not installed"
+
+
+def version_lines() -> list[str]:
+    cuda = torch.version.cuda
+    return [
+        f"{_version('cifar_resnet_fast')}, Python {platform.python_version()}",
+        f"torch {torch.__version__} ({f'CUDA {cuda}' if cuda else 'without CUDA'}), "
+        f"{_version('torchvision')}, {_version('triton')}",
+    ]
+
+
+def extension_lines() -> list[str]:
+    """What setup.py recorded of the compiled libraries."""
+    if not ops.BUILD_INFO:
+        return ["compiled libraries: none, the package was not installed"]
+    built = ops.BUILD_INFO["built"]
+    lines = [f"compiled libraries: {', '.join(built) or 'none'}"]
+    if built:
+        lines[0] += f", with torch {ops.BUILD_INFO['torch']}"
+    if "_cuda" in built:
+        lines[0] += (
+            f", CUDA {ops.BUILD_INFO['cuda']}, "
+            f"for compute capability {ops.BUILD_INFO['architectures']}"
+        )
+    lines += [f"  {name} not built: {why}" for name, why in ops.BUILD_INFO["missing"].items()]
+    return lines
+
+
+def device_lines() -> list[str]:
+    """Every device, and under it every operation with its implementations."""
+    lines = []
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    if not devices:
+        lines.append("device cuda: no GPU is visible")
+    for device in [*devices, torch.device("cpu")]:
+        what = f"{torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            what = (
+                f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+                f"{properties.multi_processor_count} multiprocessors, "
+                f"{properties.total_memory / 2**30:.1f} GiB"
+            )
+        lines.append(f"device {device}: {what}")
+        for operation in ops.OPERATIONS:
+            lines.append(f"  {operation}: auto takes {ops.choose('auto', device, operation)}")
+            for implementation in ops.IMPLEMENTATIONS:
+                reason = ops.why_not(implementation, device, operation)
+                lines.append(f"    {implementation}: {'can run' if reason is None else reason}")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join([*version_lines(), *extension_lines(), *device_lines()]))

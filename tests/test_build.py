@@ -1,0 +1,255 @@
+"""What setup.py builds and records, what ptxas says of the kernels, and what the package shows."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import ptxas_report
+from cifar_resnet_fast import ops
+from cifar_resnet_fast.ops import extension
+
+ROOT = Path(__file__).parents[1]
+SHARED_MEMORY = 101_376  # bytes a block can have on the RTX 30 and 40 series
+REGISTERS = 65_536  # a multiprocessor's
+
+
+# --- the CUDA sources, compiled for every architecture -----------------------------------------
+
+
+@pytest.mark.parametrize("source", ptxas_report.sources(), ids=lambda path: path.name)
+def test_kernels_compile_without_warnings_and_fit_every_card(source):
+    nvcc = ptxas_report.find_nvcc()
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    if shutil.which("c++filt") is None:
+        pytest.skip("there is no c++filt")
+    kernels = ptxas_report.report(source, nvcc)
+    text = source.read_text()
+    assert {k.architecture for k in kernels} == set(ptxas_report.ARCHITECTURES)
+    # every kernel in the source is in the report, so none goes unchecked
+    assert {k.name.split("<")[0] for k in kernels} == set(re.findall(r"(\w+_kernel)\(", text))
+    for kernel in kernels:
+        assert kernel.spilled == 0, kernel
+        assert kernel.shared <= SHARED_MEMORY, kernel
+        # at least four blocks of 256 threads fit a multiprocessor
+        assert kernel.registers * 256 * 4 <= REGISTERS, kernel
+
+
+def test_kernels_know_nothing_of_torch():
+    for path in (ROOT / "csrc" / "kernels").iterdir():
+        assert "torch/" not in path.read_text(), path
+
+
+def test_what_was_tried_was_built():
+    """A library may lack for want of a tool, never because its source does not compile."""
+    for reason in ops.BUILD_INFO.get("missing", {}).values():
+        assert "compiling failed" not in reason
+    for library in ops.BUILD_INFO.get("built", ()):
+        assert library in ("_C", "_cuda")
+    if "_C" in ops.BUILD_INFO.get("built", ()):
+        assert extension.WHY_NOT_C is None
+
+
+# --- setup.py on machines that lack something --------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what setup.py needs, with nothing built in it."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "cifar_resnet_fast"):
+        shutil.copytree(
+            ROOT / name,
+            tmp_path / name,
+            ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__"),
+        )
+    return tmp_path
+
+
+def build(checkout, *commands, **environment):
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CIFAR_RESNET_FAST_BUILD", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CXX")
+    }
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", *commands],
+        cwd=checkout,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+# everything but compiling, which the installation under test has done
+DRY = ("build_py", "--build-lib", "built", "build_info", "--build-lib", "built")
+
+
+def without_torch(checkout):
+    (checkout / "elsewhere").mkdir()
+    (checkout / "elsewhere" / "torch.py").write_text("raise ImportError('No module named torch')")
+    return {"PYTHONPATH": str(checkout / "elsewhere")}
+
+
+def older_torch(checkout):
+    (checkout / "elsewhere").mkdir()
+    (checkout / "elsewhere" / "torch.py").write_text("__version__ = '2.9.1+cu128'")
+    return {"PYTHONPATH": str(checkout / "elsewhere")}
+
+
+@pytest.mark.parametrize(
+    ("environment", "missing", "reason"),
+    [
+        (lambda _: {"CIFAR_RESNET_FAST_BUILD": "none"}, ["_C", "_cuda"], "BUILD=none"),
+        (
+            lambda _: {"CXX": "/nowhere/c++"},
+            ["_C", "_cuda"],
+            "there is no C++ compiler (/nowhere/",
+        ),
+        (without_torch, ["_C", "_cuda"], "torch cannot be imported while building"),
+        (older_torch, ["_C", "_cuda"], "torch 2.9.1+cu128 is older than 2.11"),
+        (lambda _: {"CUDA_HOME": "/nowhere"}, ["_cuda"], "there is no CUDA toolkit"),
+        (lambda _: {"CIFAR_RESNET_FAST_BUILD": "cpu"}, ["_cuda"], "BUILD=cpu"),
+    ],
+    ids=["none", "no-compiler", "build-isolation", "older-torch", "no-nvcc", "cpu"],
+)
+def test_what_is_missing_is_recorded_in_one_line(checkout, environment, missing, reason):
+    if missing == ["_cuda"] and torch.version.cuda is None:
+        reason = reason if "cpu" in reason else "is built without CUDA"
+    if missing == ["_cuda"] and shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler")
+    result = build(checkout, *DRY, **environment(checkout))
+    assert result.returncode == 0, result.stderr
+    record = json.loads((checkout / "built/cifar_resnet_fast/_build_info.json").read_text())
+    assert list(record["missing"]) == missing
+    for line in record["missing"].values():
+        assert reason in line
+        assert "then run" in line  # what it costs
+        assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CIFAR_RESNET_FAST_BUILD": "gpu"}, "must be auto, cuda, cpu or none, got 'gpu'"),
+        ({"CIFAR_RESNET_FAST_BUILD": "cuda", "CUDA_HOME": "/nowhere"}, "_cuda cannot be built"),
+        ({"CIFAR_RESNET_FAST_BUILD": "cpu", "CXX": "/nowhere/c++"}, "_C cannot be built"),
+    ],
+    ids=["unknown", "cuda", "cpu"],
+)
+def test_what_was_asked_for_by_name_must_be_built(checkout, environment, message):
+    result = build(checkout, *DRY, **environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def test_libraries_of_an_earlier_build_are_not_kept(checkout):
+    stale = checkout / "built/cifar_resnet_fast/_cuda.abi3.so"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    assert build(checkout, *DRY, CIFAR_RESNET_FAST_BUILD="none").returncode == 0
+    assert not stale.exists()
+
+
+def test_the_package_works_without_the_libraries(checkout):
+    """Nothing built, nothing recorded, no Triton: it runs in plain PyTorch, and says so."""
+    (checkout / "triton.py").write_text("raise ImportError('not here')")
+    code = (
+        "import torch, cifar_resnet_fast as c\n"
+        f"assert c.__file__.startswith('{checkout}'), c.__file__\n"
+        "c.FastResNet(8)(torch.randn(2, 3, 8, 8)).sum().backward()\n"
+        "from cifar_resnet_fast import ops\n"
+        "print(ops.why_not('cuda', torch.device('cpu'), 'shortcut_a'))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == (
+        "the package was not installed: pip install --no-build-isolation ."
+    ), result.stderr
+
+
+# --- why a library that was built does not serve here -------------------------------------------
+
+BUILT = {
+    "built": ["_C", "_cuda"],
+    "missing": {},
+    "cuda": "13.0",
+    "torch": "2.14.1",
+    "architectures": "8.0;8.6;8.9;9.0+PTX",
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "torch_version", "torch_cuda", "reason"),
+    [
+        ("_C", "2.10.0", "13.0", "_C needs torch 2.11 or later, this is 2.10.0"),
+        ("_cuda", "2.13.0", None, "_cuda was built for CUDA 13.0, torch 2.13.0 is without CUDA"),
+        (
+            "_cuda",
+            "2.14.1",
+            "12.6",
+            "_cuda was built for CUDA 13.0, torch 2.14.1 has CUDA 12.6",
+        ),
+        ("_other", "2.14.1", "13.0", "_other cannot be loaded: No module named"),
+    ],
+)
+def test_the_reason_is_one_line(monkeypatch, library, torch_version, torch_cuda, reason):
+    monkeypatch.setattr(extension, "BUILD_INFO", BUILT)
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    assert extension._why_not_load(library).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("8.0;8.6;8.9;9.0+PTX", (8, 6), True),
+        ("8.0;8.6;8.9;9.0+PTX", (8, 7), True),  # machine code of 8.0 and 8.6
+        ("8.0;8.6;8.9;9.0+PTX", (7, 5), False),
+        ("8.0;8.6;8.9;9.0+PTX", (12, 0), True),  # from the PTX
+        ("8.0 8.6", (9, 0), False),
+        ("8.9", (8, 6), False),
+        ("Ampere", (7, 5), True),  # not judged
+    ],
+)
+def test_architectures(built, capability, runs):
+    reason = extension._why_not_architecture(built, capability)
+    assert (reason is None) == runs
+    if not runs:
+        assert f"compute capability {built}, this GPU has" in reason
+
+
+# --- info ---------------------------------------------------------------------------------------
+
+
+def test_info_prints_what_is_there():
+    result = subprocess.run(
+        [sys.executable, "-m", "cifar_resnet_fast.info"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    text = result.stdout
+    assert f"torch {torch.__version__}" in text
+    assert "triton" in text
+    assert "no GPU is visible" in text
+    assert "device cpu" in text
+    for operation in ops.OPERATIONS:
+        assert f"  {operation}: auto takes reference" in text
+    for implementation in ops.IMPLEMENTATIONS:
+        assert text.count(f"    {implementation}: ") == len(ops.OPERATIONS)
+    assert text.count("    reference: can run") == len(ops.OPERATIONS)
+    for library in ops.BUILD_INFO.get("built", ()):
+        assert library in text
+    for reason in ops.BUILD_INFO.get("missing", {}).values():
+        assert reason in text
