@@ -110,15 +110,15 @@ void border_backward(const StageBorderBackward& p, size_t unit_bytes) {
 }
 
 template <typename F>
-void with_type(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::float16:
+void with_type(ElementType type, F f) {
+  switch (type) {
+    case ElementType::float16:
       return f(torch::headeronly::Half());
-    case Dtype::bfloat16:
+    case ElementType::bfloat16:
       return f(torch::headeronly::BFloat16());
-    case Dtype::float32:
+    case ElementType::float32:
       return f(float());
-    case Dtype::float64:
+    case ElementType::float64:
       return f(double());
   }
 }
@@ -140,14 +140,14 @@ struct Cpu {
     }
   }
 
-  static void stage_border_forward(const StageBorderForward& p, Dtype dtype, size_t unit_bytes,
-                                   const Tensor&) {
-    with_type(dtype, [&](auto zero) { border_forward<decltype(zero)>(p, unit_bytes); });
+  static void stage_border_forward(const StageBorderForward& p, ElementType type,
+                                   size_t unit_bytes, const Tensor&) {
+    with_type(type, [&](auto zero) { border_forward<decltype(zero)>(p, unit_bytes); });
   }
 
-  static void stage_border_backward(const StageBorderBackward& p, Dtype dtype, size_t unit_bytes,
-                                    const Tensor&) {
-    with_type(dtype, [&](auto zero) { border_backward<decltype(zero)>(p, unit_bytes); });
+  static void stage_border_backward(const StageBorderBackward& p, ElementType type,
+                                    size_t unit_bytes, const Tensor&) {
+    with_type(type, [&](auto zero) { border_backward<decltype(zero)>(p, unit_bytes); });
   }
 };
 

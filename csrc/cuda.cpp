@@ -39,14 +39,14 @@ struct Cuda {
                                    to.mutable_data_ptr(), launch.stream()));
   }
 
-  static void stage_border_forward(const StageBorderForward& p, Dtype dtype, size_t unit_bytes,
-                                   const Tensor& x) {
+  static void stage_border_forward(const StageBorderForward& p, ElementType type,
+                                   size_t unit_bytes, const Tensor& x) {
     const Launch launch(x);
     check_launch("stage_border",
-                 launch_stage_border_forward(p, dtype, unit_bytes, launch.stream()));
+                 launch_stage_border_forward(p, type, unit_bytes, launch.stream()));
   }
 
-  static void stage_border_backward(StageBorderBackward& p, Dtype dtype, size_t unit_bytes,
+  static void stage_border_backward(StageBorderBackward& p, ElementType type, size_t unit_bytes,
                                     const Tensor& scale) {
     const Launch launch(scale);
     const BlockGrid grid = stage_border_grid(p.shape);
@@ -54,7 +54,7 @@ struct Cuda {
         torch::stable::new_empty(scale, {int64_t{grid.images} * grid.parts, 2, scale.size(0)});
     p.partial_sums = partial_sums.mutable_data_ptr();
     check_launch("stage_border_backward",
-                 launch_stage_border_backward(p, dtype, unit_bytes, launch.stream()));
+                 launch_stage_border_backward(p, type, unit_bytes, launch.stream()));
   }
 };
 

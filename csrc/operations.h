@@ -56,16 +56,16 @@ struct Sizes {
   }
 };
 
-inline Dtype dtype_of(const Tensor& tensor) {
+inline ElementType element_type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Half:
-      return Dtype::float16;
+      return ElementType::float16;
     case ScalarType::BFloat16:
-      return Dtype::bfloat16;
+      return ElementType::bfloat16;
     case ScalarType::Float:
-      return Dtype::float32;
+      return ElementType::float32;
     default:
-      return Dtype::float64;
+      return ElementType::float64;
   }
 }
 
@@ -153,7 +153,7 @@ Tensor stage_border(const Tensor& y, const Tensor& scale, const Tensor& shift, c
                              shift.const_data_ptr(),
                              x.const_data_ptr(),
                              out.mutable_data_ptr()};
-  Backend::stage_border_forward(p, dtype_of(x), unit, x);
+  Backend::stage_border_forward(p, element_type_of(x), unit, x);
   return out;
 }
 
@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage_border_backward(
                         dshift.mutable_data_ptr(),
                         dx.mutable_data_ptr(),
                         nullptr};
-  Backend::stage_border_backward(p, dtype_of(dout), unit, scale);
+  Backend::stage_border_backward(p, element_type_of(dout), unit, scale);
   return {dy, dscale, dshift, dx};
 }
 

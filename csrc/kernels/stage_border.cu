@@ -227,15 +227,15 @@ int launch(const Params& p, size_t unit_bytes, void* stream) {
 }
 
 template <typename Params>
-int launch(const Params& p, Dtype dtype, size_t unit_bytes, void* stream) {
-  switch (dtype) {
-    case Dtype::float16:
+int launch(const Params& p, ElementType type, size_t unit_bytes, void* stream) {
+  switch (type) {
+    case ElementType::float16:
       return launch<__half>(p, unit_bytes, stream);
-    case Dtype::bfloat16:
+    case ElementType::bfloat16:
       return launch<__nv_bfloat16>(p, unit_bytes, stream);
-    case Dtype::float32:
+    case ElementType::float32:
       return launch<float>(p, unit_bytes, stream);
-    case Dtype::float64:
+    case ElementType::float64:
       return launch<double>(p, unit_bytes, stream);
   }
   return cudaErrorInvalidValue;
@@ -249,14 +249,14 @@ BlockGrid stage_border_grid(const ShortcutA& shape) {
   return {static_cast<uint32_t>(std::min<int64_t>(shape.N, 256)), std::min(parts, 4u)};
 }
 
-int launch_stage_border_forward(const StageBorderForward& p, Dtype dtype, size_t unit_bytes,
+int launch_stage_border_forward(const StageBorderForward& p, ElementType type, size_t unit_bytes,
                                 void* stream) {
-  return launch(p, dtype, unit_bytes, stream);
+  return launch(p, type, unit_bytes, stream);
 }
 
-int launch_stage_border_backward(const StageBorderBackward& p, Dtype dtype, size_t unit_bytes,
+int launch_stage_border_backward(const StageBorderBackward& p, ElementType type, size_t unit_bytes,
                                  void* stream) {
-  return launch(p, dtype, unit_bytes, stream);
+  return launch(p, type, unit_bytes, stream);
 }
 
 }  // namespace cifar_resnet_fast

@@ -6,7 +6,7 @@
 
 namespace cifar_resnet_fast {
 
-enum class Dtype { float16, bfloat16, float32, float64 };
+enum class ElementType { float16, bfloat16, float32, float64 };
 
 // y, out, dout, dy: [N, Ho, Wo, K]; x, dx: [N, H, W, C]; all of one dtype. scale, shift, dscale,
 // dshift: [K], float32, or float64 where the activations are.
@@ -47,9 +47,9 @@ HOST_DEVICE Real stage_border_dz(Real dout, Real out) {
 }
 
 // Both return a cudaError_t; unit_bytes is 16 or the dtype's size.
-int launch_stage_border_forward(const StageBorderForward& p, Dtype dtype, size_t unit_bytes,
+int launch_stage_border_forward(const StageBorderForward& p, ElementType type, size_t unit_bytes,
                                 void* stream);
-int launch_stage_border_backward(const StageBorderBackward& p, Dtype dtype, size_t unit_bytes,
+int launch_stage_border_backward(const StageBorderBackward& p, ElementType type, size_t unit_bytes,
                                  void* stream);
 
 // The backward's grid: some images by some parts of an image. It depends on the shape alone, so
