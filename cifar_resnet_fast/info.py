@@ -29,20 +29,18 @@ def version_lines() -> list[str]:
 
 
 def extension_lines() -> list[str]:
-    """What setup.py recorded of the compiled libraries."""
-    if not ops.BUILD_INFO:
-        return ["compiled libraries: none, the package was not installed"]
-    built = ops.BUILD_INFO["built"]
-    lines = [f"compiled libraries: {', '.join(built) or 'none'}"]
-    if built:
-        lines[0] += f", with torch {ops.BUILD_INFO['torch']}"
-    if "_cuda" in built:
-        lines[0] += (
-            f", CUDA {ops.BUILD_INFO['cuda']}, "
-            f"for compute capability {ops.BUILD_INFO['architectures']}"
-        )
-    lines += [f"  {name} not built: {why}" for name, why in ops.BUILD_INFO["missing"].items()]
-    return lines
+    """The compiled libraries: with what they were built, and whether they are loaded."""
+    line = "compiled libraries"
+    if ops.BUILD_INFO.get("built"):
+        line += f", built with torch {ops.BUILD_INFO['torch']}"
+        if "_cuda" in ops.BUILD_INFO["built"]:
+            line += (
+                f" and CUDA {ops.BUILD_INFO['cuda']} "
+                f"for compute capability {ops.BUILD_INFO['architectures']}"
+            )
+    return [line] + [
+        f"  {library}: {reason or 'loaded'}" for library, reason in ops.WHY_NOT_LOADED.items()
+    ]
 
 
 def device_lines() -> list[str]:

@@ -52,10 +52,8 @@ def test_what_was_tried_was_built():
     """A library may lack for want of a tool, never because its source does not compile."""
     for reason in ops.BUILD_INFO.get("missing", {}).values():
         assert "compiling failed" not in reason
-    for library in ops.BUILD_INFO.get("built", ()):
-        assert library in ("_C", "_cuda")
-    if "_C" in ops.BUILD_INFO.get("built", ()):
-        assert extension.WHY_NOT_C is None
+    # and what was built here loads here
+    assert "cannot be loaded" not in str(ops.WHY_NOT_LOADED)
 
 
 # --- setup.py on machines that lack something --------------------------------------------------
@@ -250,7 +248,5 @@ def test_info_prints_what_is_there():
     for implementation in ops.IMPLEMENTATIONS:
         assert text.count(f"    {implementation}: ") == len(ops.OPERATIONS)
     assert text.count("    reference: can run") == len(ops.OPERATIONS)
-    for library in ops.BUILD_INFO.get("built", ()):
-        assert library in text
-    for reason in ops.BUILD_INFO.get("missing", {}).values():
-        assert reason in text
+    for library, reason in ops.WHY_NOT_LOADED.items():
+        assert f"  {library}: {reason or 'loaded'}\n" in text

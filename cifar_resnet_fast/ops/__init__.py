@@ -4,7 +4,7 @@ the fastest implementation that serves them, or the one that ``implementation`` 
 from cifar_resnet_fast.ops.augment import augment, normalize
 from cifar_resnet_fast.ops.choice import IMPLEMENTATIONS, OPERATIONS, choose, why_not
 from cifar_resnet_fast.ops.conv_bn_relu import conv_bn_relu
-from cifar_resnet_fast.ops.extension import BUILD_INFO
+from cifar_resnet_fast.ops.extension import BUILD_INFO, WHY_NOT_LOADED
 from cifar_resnet_fast.ops.shortcut_a import shortcut_a
 from cifar_resnet_fast.ops.stage_border import stage_border
 
@@ -12,6 +12,7 @@ __all__ = [
     "BUILD_INFO",
     "IMPLEMENTATIONS",
     "OPERATIONS",
+    "WHY_NOT_LOADED",
     "augment",
     "choose",
     "conv_bn_relu",

@@ -37,18 +37,19 @@ def _why_not_load(library: str) -> str | None:
     return None
 
 
-WHY_NOT_C = _why_not_load("_C")
-WHY_NOT_CUDA = WHY_NOT_C or _why_not_load("_cuda")
+# library: the reason why it is not loaded, or None
+WHY_NOT_LOADED = {"_C": _why_not_load("_C")}
+WHY_NOT_LOADED["_cuda"] = WHY_NOT_LOADED["_C"] or _why_not_load("_cuda")
 
 
 @torch.compiler.assume_constant_result
 def why_not_extension(device: torch.device) -> str | None:
     """The reason why the compiled extension cannot run on ``device``, or None where it can."""
     if device.type == "cpu":
-        return WHY_NOT_C
+        return WHY_NOT_LOADED["_C"]
     if device.type != "cuda":
         return f"there is compiled code for cpu and cuda, not for {device.type}"
-    return WHY_NOT_CUDA or _why_not_architecture(
+    return WHY_NOT_LOADED["_cuda"] or _why_not_architecture(
         BUILD_INFO["architectures"], torch.cuda.get_device_capability(device)
     )
 

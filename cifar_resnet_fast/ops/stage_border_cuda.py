@@ -7,7 +7,7 @@ csrc/cpu.cpp.
 import torch
 from torch import Tensor
 
-from cifar_resnet_fast.ops.extension import WHY_NOT_C
+from cifar_resnet_fast.ops.extension import WHY_NOT_LOADED
 from cifar_resnet_fast.ops.shortcut_a_cuda import empty_channels_last
 
 
@@ -54,7 +54,7 @@ def _register() -> None:
     )
 
 
-if WHY_NOT_C is None:
+if WHY_NOT_LOADED["_C"] is None:
     _register()
 
 
