@@ -1,5 +1,6 @@
 # make train            train something real on what is here; ARGS="--depth 56" passes flags on
 # make test             run the tests
+# make kernels-report   registers, spills and shared memory of every CUDA kernel; needs nvcc, no GPU
 # make lint             ruff and clang-format, as pre-commit runs them
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ HAS_GPU = $(shell $(BIN)/python -c "import torch; print(int(torch.cuda.is_availa
 CPU_ARGS := --depth 8 --limit 10000 --epochs 12 --batch-size 128 --lr 0.2 --warmup-epochs 1 \
   --milestones 8 11
 
-.PHONY: train test lint
+.PHONY: train test kernels-report lint
 train: $(INSTALLED)
 ifeq ($(strip $(ARGS)),)
 	@if [ "$(HAS_GPU)" = 0 ]; then \
@@ -25,13 +26,16 @@ endif
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
+kernels-report: $(INSTALLED)
+	$(BIN)/python bench/ptxas_report.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(INSTALLED): pyproject.toml setup.py
+$(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(BIN)/python -m pip install --quiet "torch>=2.11" torchvision
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@

@@ -175,6 +175,10 @@ def libraries() -> list:
     return extensions
 
 
+def name_of(extension) -> str:
+    return extension.name.rpartition(".")[2]
+
+
 def build_libraries_command() -> type:
     """torch's build command, which in mode auto records a failure in place of failing."""
     from torch.utils.cpp_extension import BuildExtension
@@ -184,18 +188,32 @@ def build_libraries_command() -> type:
             super().finalize_options()
             self.build_temp = "build/objects"  # kept, also by an editable install, to build less
 
+        def build_extensions(self):
+            try:
+                super().build_extensions()  # looks at the compilers first
+            except Exception as error:
+                for extension in self.extensions:
+                    self.failed(extension, error)
+
         def build_extension(self, extension):
-            name = extension.name.rpartition(".")[2]
             try:
                 super().build_extension(extension)
             except Exception as error:
-                if mode != "auto":
-                    raise
-                leave_out(
-                    name, f"compiling failed ({error}); {PACKAGE.upper()}_BUILD=cuda shows how"
-                )
+                self.failed(extension, error)
             else:
-                record["built"].append(name)
+                record["built"].append(name_of(extension))
+
+        def failed(self, extension, error):
+            if mode != "auto":
+                raise error
+            name = name_of(extension)
+            if name not in record["built"]:
+                what = str(error).splitlines()[0]
+                cost = WITHOUT_C if name == "_C" else WITHOUT_CUDA
+                leave_out(
+                    name,
+                    f"compiling failed ({what}; {PACKAGE.upper()}_BUILD=cuda shows all); {cost}",
+                )
 
     return BuildLibraries
 

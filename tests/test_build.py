@@ -150,6 +150,15 @@ def test_what_was_asked_for_by_name_must_be_built(checkout, environment, message
     assert message in result.stderr
 
 
+def test_a_compiler_that_fails_is_recorded_too(checkout):
+    result = build(checkout, "build", "--build-lib", "built", CXX="false")
+    assert result.returncode == 0, result.stderr
+    record = json.loads((checkout / "built/cifar_resnet_fast/_build_info.json").read_text())
+    assert record["built"] == []
+    assert "compiling failed" in record["missing"]["_C"]
+    assert "then run" in record["missing"]["_C"]
+
+
 def test_libraries_of_an_earlier_build_are_not_kept(checkout):
     stale = checkout / "built/cifar_resnet_fast/_cuda.abi3.so"
     stale.parent.mkdir(parents=True)
