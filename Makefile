@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CXX_SOURCES := $(shell find csrc -type f)
 
 # Without a GPU the paper's recipe takes hours: a short run on part of the data then. ARGS overrules.
 HAS_GPU = $(shell $(BIN)/python -c "import torch; print(int(torch.cuda.is_available()))")
@@ -32,8 +33,9 @@ kernels-report: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-$(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
+$(INSTALLED): pyproject.toml setup.py $(CXX_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(BIN)/python -m pip install --quiet "torch>=2.11" torchvision

@@ -31,6 +31,7 @@ inline size_t bytes_per_unit(size_t element_size, int64_t C, int64_t K,
   return bits % 16 == 0 ? 16 : element_size;
 }
 
+// Of x [N, C, H, W] and of the result [N, K, Ho, Wo].
 struct Sizes {
   int64_t N, H, W, C, K, Ho, Wo, stride;
 

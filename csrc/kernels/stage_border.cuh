@@ -20,7 +20,7 @@ struct StageBorderBackward {
   ShortcutA shape;
   const void *dout, *out, *y, *scale;
   void *dy, *dscale, *dshift, *dx;
-  void* partial_sums;  // [stage_border_sum_rows, 2, K] of scale's dtype, one row a thread block
+  void* partial_sums;  // [blocks of stage_border_grid, 2, K], of scale's dtype
 };
 
 // Rounded after every step, as PyTorch's own operations are: bit-identical to the reference.
