@@ -140,12 +140,13 @@ def _device(config: TrainConfig) -> torch.device:
         raise ValueError("device must be cpu or auto where PyTorch finds no GPU, got cuda")
     device = torch.device(name)
     if config.implementation != "auto":
-        reason = ops.why_not(config.implementation, device)
-        if reason is not None:
-            raise ValueError(
-                f"implementation must be one that can run here, got "
-                f"{config.implementation}: {reason}"
-            )
+        for operation in ("conv_bn_relu", "shortcut_a"):  # what the network is made of
+            reason = ops.why_not(config.implementation, device, operation)
+            if reason is not None:
+                raise ValueError(
+                    f"implementation must be one that can run here, got "
+                    f"{config.implementation}: {reason}"
+                )
     return device
 
 

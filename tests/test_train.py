@@ -262,6 +262,7 @@ def bad_input(arguments, capsys):
         ("--validation 64", "--validation must be smaller than the 64"),
         ("--dtype int8", "--dtype: invalid choice: 'int8'"),
         ("--seed -1", "--seed must be in 0 .. 2**63 - 1, got -1"),
+        ("--implementation cuda", "--implementation must be one that can run here, got cuda: "),
         ("--speed 3", "unrecognized arguments: --speed 3"),
         ("--eval none.pt", "none.pt must be a file"),
         ("--resume none", "--resume must name the folder of a run"),
