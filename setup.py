@@ -66,13 +66,17 @@ def leave_out(library: str, reason: str) -> None:
     print(f"{PACKAGE}: {library} is left out: {reason}", file=sys.stderr)
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def why_not_compile() -> str | None:
     """What is missing for any compiled library."""
     try:
         import torch
     except ImportError as error:
         return (
-            f"torch cannot be imported while building ({error}; pip isolates builds: "
+            f"torch cannot be imported while building ({first_line(error)}; pip isolates builds: "
             f"pip install --no-build-isolation); {WITHOUT_C}"
         )
     record["torch"] = torch.__version__
@@ -208,7 +212,7 @@ def build_libraries_command() -> type:
                 raise error
             name = name_of(extension)
             if name not in record["built"]:
-                what = str(error).splitlines()[0]
+                what = first_line(error)
                 cost = WITHOUT_C if name == "_C" else WITHOUT_CUDA
                 leave_out(
                     name,
