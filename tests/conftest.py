@@ -47,3 +47,31 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def guarded_memory(monkeypatch):
+    """Fresh tensors hold NaN, and so does the memory around them, which must stay so."""
+    pad = 4096  # elements on each side
+    kept, real_empty = [], torch.empty
+
+    def empty(*shape, dtype=None, device=None, memory_format=torch.contiguous_format):
+        shape = shape[0] if shape and not isinstance(shape[0], int) else shape
+        strides = real_empty(shape, device="meta", memory_format=memory_format).stride()
+        size = torch.Size(shape).numel()
+        buffer = real_empty(size + 2 * pad, dtype=dtype, device=device).fill_(float("nan"))
+        kept.append((buffer, size))
+        return buffer.as_strided(shape, strides, pad)
+
+    def empty_like(t, dtype=None, memory_format=torch.preserve_format):
+        if memory_format == torch.preserve_format:
+            last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+            memory_format = torch.channels_last if last else torch.contiguous_format
+        return empty(t.shape, dtype=dtype or t.dtype, device=t.device, memory_format=memory_format)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    yield
+    for buffer, size in kept:
+        assert buffer[:pad].isnan().all(), "written before a tensor"
+        assert buffer[pad + size :].isnan().all(), "written behind a tensor"

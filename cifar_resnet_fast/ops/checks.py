@@ -82,3 +82,9 @@ def check_channels_last(name: str, value: Tensor) -> None:
         raise ValueError(
             f"{name} must be channels-last [N, C, H, W], got strides {value.stride()}"
         )
+
+
+def check_number(name: str, value: float) -> None:
+    """``value`` is a number; TypeError where not."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")

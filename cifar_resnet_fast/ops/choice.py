@@ -1,22 +1,28 @@
 """Which implementation of an operation runs: the only place that chooses (layer 1).
 
-``reference`` is plain PyTorch; ``cuda`` is the compiled extension. An operation need not have all
-of them, so the question is always asked for one operation. On a CUDA tensor ``auto`` takes the
-fastest that can run there, on any other tensor the reference. One that was asked for by name and
-cannot run is an error that says why; nothing falls back silently. By name, ``cuda`` also serves
-CPU tensors, with the C++ twins by which its kernels are tested.
+``reference`` is plain PyTorch; ``cuda`` is the compiled extension; ``triton`` is kernels that are
+compiled when first launched. An operation need not have all of them, so the question is always
+asked for one operation. On a CUDA tensor ``auto`` takes the fastest that can run there, on any
+other tensor the reference. One that was asked for by name and cannot run is an error that says
+why; nothing falls back silently. By name, CPU tensors too are served by ``cuda``, with the C++
+twins by which its kernels are tested, and by ``triton``, interpreted, where the environment has
+TRITON_INTERPRET=1.
 """
+
+import importlib.util
+import os
 
 import torch
 
 from cifar_resnet_fast.ops.extension import why_not_extension
 
-IMPLEMENTATIONS = ("cuda", "reference")
+IMPLEMENTATIONS = ("cuda", "triton", "reference")
 OPERATIONS = {  # and their implementations, fastest first
-    "conv_bn_relu": ("reference",),
-    "shortcut_a": ("cuda", "reference"),
+    "conv_bn_relu": ("triton", "reference"),
+    "shortcut_a": ("cuda", "triton", "reference"),
     "stage_border": ("cuda", "reference"),
 }
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def why_not(implementation: str, device: torch.device, operation: str) -> str | None:
@@ -34,6 +40,25 @@ def why_not(implementation: str, device: torch.device, operation: str) -> str | 
         return f"{operation} has no implementation of that name"
     if implementation == "cuda":
         return why_not_extension(device)
+    if implementation == "triton":
+        return why_not_triton(device)
+    return None
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """The reason why Triton kernels cannot run on ``device``, None if they can."""
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return (
+            "Triton kernels need a CUDA device, or TRITON_INTERPRET=1 in the environment, which "
+            "interprets them on the CPU, slowly"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "compute capability 8.0 or above is needed, got {}.{}".format(*capability)
     return None
 
 

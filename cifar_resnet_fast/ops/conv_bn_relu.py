@@ -3,10 +3,11 @@
 Twin: ``reference.conv_bn_relu``, which has the symbol table.
 """
 
+import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops.checks import check_shape, check_stride, check_tensor
+from cifar_resnet_fast.ops.checks import check_number, check_shape, check_stride, check_tensor
 from cifar_resnet_fast.ops.choice import choose
 
 
@@ -29,44 +30,57 @@ def conv_bn_relu(
     """``relu(batch_norm(conv3x3(x)) + shortcut)``; see ``reference.conv_bn_relu``.
 
     Differentiable in x, weight, bn_weight, bn_bias and shortcut. Updates running_mean and
-    running_var in place when ``training``.
+    running_var in place when ``training``. Under ``torch.autocast`` x, weight and shortcut are
+    taken in the autocast dtype; normalisation and statistics stay in theirs.
+
+    ``triton`` works on channels-last memory: an x or a shortcut laid out otherwise is copied into
+    that layout first, and the result has it. It takes float16, bfloat16 and float32, 3 channels or
+    a multiple of 16, and fewer than 2**31 elements; ``auto`` leaves the rest to the reference.
 
     Args:
-        x: [N, C, H, W]
-        weight: [K, C, 3, 3]
-        bn_weight, bn_bias, running_mean, running_var: [K]
+        x: [N, C, H, W], any strides
+        weight: [K, C, 3, 3], of x's dtype unless under autocast
+        bn_weight, bn_bias, running_mean, running_var: [K], all of one dtype, x's or float32
         stride: 1 or 2
-        shortcut: [N, K, ceil(H / stride), ceil(W / stride)] or None
+        shortcut: [N, K, ceil(H / stride), ceil(W / stride)], of x's dtype unless under autocast,
+            or None
         relu, training, momentum, eps: as in the reference
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
     Returns:
-        [N, K, ceil(H / stride), ceil(W / stride)]
+        [N, K, ceil(H / stride), ceil(W / stride)], of x's dtype, or the autocast dtype
 
     Raises:
-        TypeError: an argument is not a floating tensor
+        TypeError: an argument is not a floating tensor, or of a dtype that does not go with x's
         ValueError: a shape, a device or the stride breaks its rule; or, in training, one value
             a channel is all there is to normalise
         RuntimeError: the named implementation cannot run here
     """
-    check_stride(stride)
-    check_tensor("x", x, "N C H W")
-    check_tensor("weight", weight, "K C 3 3", like=x)
-    N, C, H, W = x.shape
-    K = weight.shape[0]
-    check_shape("weight", weight, (K, C, 3, 3))
-    for name, vector in (
-        ("bn_weight", bn_weight),
-        ("bn_bias", bn_bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        check_tensor(name, vector, "K", like=x)
-        check_shape(name, vector, (K,))
+    N, C, H, W, K, HO, WO = _check(
+        x, weight, bn_weight, bn_bias, running_mean, running_var, stride, shortcut, momentum, eps
+    )
+    if training and N * HO * WO == 1:
+        raise ValueError(
+            f"x must give more than 1 value per channel when training, got shape {tuple(x.shape)} "
+            f"at stride {stride}"
+        )
+    compute_dtype = _compute_dtype(x)
+    x = x.to(compute_dtype)
     if shortcut is not None:
-        check_tensor("shortcut", shortcut, "N K H W", like=x)
-        check_shape("shortcut", shortcut, (N, K, -(-H // stride), -(-W // stride)))
-    choose(implementation, x.device, "conv_bn_relu")
+        shortcut = shortcut.to(compute_dtype)
+
+    chosen = choose(implementation, x.device, "conv_bn_relu")
+    if chosen == "triton":
+        vectors = (bn_weight, bn_bias, running_mean, running_var)
+        broken = _broken_triton_rule(x, C, K, N * max(C * H * W, K * HO * WO), vectors)
+        if broken is None:
+            from cifar_resnet_fast.ops.conv_bn_relu_triton import conv_bn_relu_triton
+
+            return conv_bn_relu_triton(
+                x, weight, *vectors, shortcut, stride, relu, training, momentum, eps
+            )
+        if implementation == "triton":
+            raise broken
     return reference.conv_bn_relu(
         x,
         weight,
@@ -81,3 +95,86 @@ def conv_bn_relu(
         momentum=momentum,
         eps=eps,
     )
+
+
+def _check(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, stride, shortcut, momentum, eps
+) -> tuple[int, ...]:
+    """The rules of every implementation; returns N, C, H, W, K, HO, WO."""
+    check_stride(stride)
+    check_number("momentum", momentum)
+    check_number("eps", eps)
+    check_tensor("x", x, "N C H W")
+    check_tensor("weight", weight, "K C 3 3", like=x)
+    N, C, H, W = x.shape
+    K = weight.shape[0]
+    HO, WO = -(-H // stride), -(-W // stride)
+    check_shape("weight", weight, (K, C, 3, 3))
+    for name, vector in (
+        ("bn_weight", bn_weight),
+        ("bn_bias", bn_bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        check_tensor(name, vector, "K", like=x)
+        check_shape(name, vector, (K,))
+        if vector.dtype != bn_weight.dtype:
+            raise TypeError(
+                f"{name} must be of bn_weight's dtype {bn_weight.dtype}, got {vector.dtype}"
+            )
+    if shortcut is not None:
+        check_tensor("shortcut", shortcut, "N K H W", like=x)
+        check_shape("shortcut", shortcut, (N, K, HO, WO))
+    if not torch.is_autocast_enabled(x.device.type):
+        for name, tensor in (("weight", weight), ("shortcut", shortcut)):
+            if tensor is not None and tensor.dtype != x.dtype:
+                raise TypeError(
+                    f"{name} must be of x's dtype {x.dtype} outside torch.autocast, "
+                    f"got {tensor.dtype}"
+                )
+    if bn_weight.dtype not in (torch.float32, _compute_dtype(x)):
+        raise TypeError(
+            f"bn_weight must be torch.float32 or of the dtype x is taken in, {_compute_dtype(x)}, "
+            f"got {bn_weight.dtype}"
+        )
+    return N, C, H, W, K, HO, WO
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What x is taken in: its own dtype, or that of autocast, which leaves float64 alone."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _broken_triton_rule(
+    x: Tensor, C: int, K: int, elements: int, vectors: tuple[Tensor, ...]
+) -> Exception | None:
+    """The first rule of the Triton kernels that the arguments break."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return TypeError(
+            f"x must be float16, bfloat16 or float32 for implementation 'triton', got {x.dtype}"
+        )
+    if C != 3 and C % 16:
+        return ValueError(
+            f"x must have 3 channels or a multiple of 16 for implementation 'triton', got {C}"
+        )
+    if K % 16:
+        return ValueError(
+            f"weight must have a multiple of 16 output channels for implementation 'triton', "
+            f"got {K}"
+        )
+    if elements >= 2**31:
+        return ValueError(
+            f"x and the result must have fewer than 2**31 elements for implementation 'triton', "
+            f"got {elements}"
+        )
+    for name, vector in zip(
+        ("bn_weight", "bn_bias", "running_mean", "running_var"), vectors, strict=True
+    ):
+        if not vector.is_contiguous():
+            return ValueError(
+                f"{name} must be contiguous for implementation 'triton', "
+                f"got strides {vector.stride()}"
+            )
+    return None

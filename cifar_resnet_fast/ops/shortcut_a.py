@@ -27,10 +27,12 @@ def shortcut_a(
         out_channels: K >= C, with K - C even
         stride: 1 or 2
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``; ``cuda`` takes a
-            channels-last x, ``auto`` leaves others to the reference
+            channels-last x, ``auto`` leaves others to the reference; ``triton`` makes x
+            channels-last
 
     Returns:
-        [N, K, ceil(H / stride), ceil(W / stride)], in the memory format of ``x``
+        [N, K, ceil(H / stride), ceil(W / stride)], in the memory format of ``x``; channels-last
+        from ``triton``
 
     Raises:
         TypeError: x is not a floating tensor
@@ -45,4 +47,15 @@ def shortcut_a(
     chosen = choose(implementation, x.device, "shortcut_a")
     if chosen == "cuda" and is_channels_last(x):
         return shortcut_a_cuda(x, out_channels, stride)
+    elements = x.numel() // x.shape[1] * out_channels
+    if implementation == "triton" and elements >= 2**31:
+        raise ValueError(
+            f"x with out_channels must have fewer than 2**31 elements for implementation "
+            f"'triton', got {elements}"
+        )
+    if chosen == "triton" and elements < 2**31:
+        # triton is imported only where it is used
+        from cifar_resnet_fast.ops.shortcut_a_triton import shortcut_a_triton
+
+        return shortcut_a_triton(x, out_channels, stride)
     return reference.shortcut_a(x, out_channels, stride)
