@@ -1,6 +1,6 @@
 # make train            train something real on what is here; ARGS="--depth 56" passes flags on
 # make test             run the tests
-# make kernels-report   registers, spills and shared memory of every CUDA kernel; needs nvcc, no GPU
+# make kernels-report   registers, spills and shared memory of every CUDA and Triton kernel; needs nvcc, no GPU
 # make lint             ruff and clang-format, as pre-commit runs them
 PYTHON ?= python3
 VENV := .venv
@@ -29,6 +29,7 @@ test: $(INSTALLED)
 
 kernels-report: $(INSTALLED)
 	$(BIN)/python bench/ptxas_report.py
+	$(BIN)/python -m bench.triton_report
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""What is fast, how fast, and how it was measured (layer 4)."""
