@@ -47,7 +47,11 @@ class TrainConfig:
     batch_size: int = _flag(1024, "pictures a step; what is left over in an epoch is dropped")
     lr: float = _flag(1.2, "peak learning rate")
     momentum: float = _flag(0.9, "of SGD")
+    nesterov: bool = _flag(False, "Nesterov's momentum in place of the plain one")
     weight_decay: float = _flag(1e-4, "of SGD, on all parameters")
+    decay_weights_only: bool = _flag(
+        False, "no weight decay on the normalisations' parameters and the biases"
+    )
     warmup_epochs: float = _flag(5.0, "epochs over which the learning rate rises linearly")
     milestones: tuple[int, ...] = _flag((80, 120), "epochs at which it drops to a tenth")
     label_smoothing: float = _flag(0.0, "of the training loss, 0 to 1")
@@ -59,6 +63,11 @@ class TrainConfig:
         "auto",
         "of the activations; auto is fp16 on a GPU and fp32 on a CPU",
         ("auto", "fp32", "bf16", "fp16"),
+    )
+    loss_scale: float | None = _flag(
+        None,
+        "the backward pass runs on the loss times this (default: 1024 in fp16, else 1); a step "
+        "whose gradients overflow is skipped and counted",
     )
     device: str = _flag("auto", "auto is the GPU where there is one", ("auto", "cpu", "cuda"))
     implementation: str = _flag(
@@ -77,6 +86,10 @@ class TrainConfig:
         for name in ("validation", "warmup_epochs", "weight_decay"):
             self._check(name, lambda v: v >= 0 and math.isfinite(v), "0 or more")
         self._check("lr", lambda v: v > 0 and math.isfinite(v), "more than 0")
+        self._check(
+            "loss_scale", lambda v: v is None or (v > 0 and math.isfinite(v)), "more than 0"
+        )
+        self._check("nesterov", lambda v: not v or self.momentum > 0, "off where momentum is 0")
         for name in ("momentum", "label_smoothing", "ema"):
             self._check(name, lambda v: 0 <= v < 1, "at least 0 and less than 1")
         self._check("seed", lambda v: 0 <= v < 2**63, "in 0 .. 2**63 - 1")

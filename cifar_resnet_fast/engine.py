@@ -5,23 +5,24 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cifar_resnet_fast.optimizer import make_sgd
+from cifar_resnet_fast.optimizer import AveragedWeights, FlatSGD, flatten_buffers
 from cifar_resnet_fast.resnet import FastResNet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine:
-    """A model in training: its optimiser, loss scale and averaged weights.
+    """A model in training: its optimiser and averaged weights.
 
     Args:
         model: moved to ``device``; its parameters stay float32
         device: where it trains
-        dtype: of the activations; float16 scales the loss to keep small gradients
-        momentum, weight_decay: of SGD
+        dtype: of the activations
+        momentum, nesterov, weight_decay, decay_vectors: as ``FlatSGD`` has them
         label_smoothing: 0 .. 1, of the training loss
+        loss_scale: the backward pass runs on the loss times this, which keeps small gradients
+            from vanishing in float16
         ema: decay a step of the averaged weights, which evaluation then uses; 0 for none
     """
 
@@ -33,25 +34,35 @@ class Engine:
         dtype: torch.dtype,
         momentum: float,
         weight_decay: float,
+        nesterov: bool = False,
+        decay_vectors: bool = True,
         label_smoothing: float = 0.0,
+        loss_scale: float = 1.0,
         ema: float = 0.0,
     ):
         self.model = model.to(device, memory_format=torch.channels_last)
         self.device = device
         self.dtype = dtype
         self.label_smoothing = label_smoothing
-        self.optimizer = make_sgd(model, momentum=momentum, weight_decay=weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.optimizer = FlatSGD(
+            model,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            decay_vectors=decay_vectors,
+            loss_scale=loss_scale,
+        )
+        # steps taken, on the device
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.averaged = None
         if ema:
-            self.averaged = AveragedModel(
-                model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True
-            )
+            flats = [self.optimizer.parameters, *flatten_buffers(model)]
+            self.averaged = AveragedWeights(model, flats, ema)
 
     @property
     def evaluated_model(self) -> FastResNet:
         """The model that evaluation uses: the averaged one where there is one."""
-        return self.model if self.averaged is None else self.averaged.module
+        return self.model if self.averaged is None else self.averaged.model
 
     def train_step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """One step of SGD.
@@ -66,17 +77,15 @@ class Engine:
             correct: [] int64, pictures classified right before the step, on the device
         """
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.lr.fill_(lr)
         with self._autocast():
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.optimizer.differentiate(loss)
+        self.optimizer.step()
         if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
+            self.averaged.update(first=self.step == 0)
+        self.step += 1
         return loss.detach(), (logits.argmax(1) == labels).sum()
 
     @torch.no_grad()
@@ -104,16 +113,18 @@ class Engine:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "skipped": self.optimizer.skipped,
+            "step": self.step,
+            "averaged": None if self.averaged is None else self.averaged.model.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.optimizer.skipped.copy_(state["skipped"])
+        self.step.copy_(state["step"])
         if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
+            self.averaged.model.load_state_dict(state["averaged"])
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

@@ -8,6 +8,7 @@ step               training steps finished
 lr                 learning rate of the epoch's last step
 train_loss         mean over the epoch, of the batches as they were trained on
 train_accuracy     the same, 0 .. 1
+skipped_steps      since the start of the run, whose gradients were not finite
 test_loss          mean over the evaluated split after the epoch
 test_accuracy      the same, 0 .. 1 (of the held-out split with --validation)
 images_per_second  training only

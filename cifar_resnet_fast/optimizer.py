@@ -1,19 +1,217 @@
-"""The recipe's optimiser and learning-rate schedule (layer 2)."""
+"""The recipe's optimiser over flat buffers, averaged weights, and the schedule (layer 2).
+
+A model's parameters are moved into one flat buffer each of float32 values, gradients and momenta;
+what the modules hold afterwards are views, so state dictionaries, deep copies and checkpoints see
+parameters as ever. One kernel then updates all of them, and one all-reduce serves them all.
+"""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from cifar_resnet_fast import ops
+
+_ALIGNMENT = 64  # elements; a view starts at a multiple, so kernels may load 16 bytes at a time
 
 
-def make_sgd(model: nn.Module, *, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with momentum over all parameters; the learning rate is set before every step.
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Move tensors into one flat buffer, of which each becomes a view; the gaps are zero.
 
-    Source: He et al. 2015, section 4.2.
+    Args:
+        tensors: of one dtype and device, at least one. each keeps its shape, its memory format
+            and its identity
+
+    Returns:
+        [P], P at least the number of elements of all
     """
-    return torch.optim.SGD(
-        model.parameters(), lr=0.0, momentum=momentum, weight_decay=weight_decay
-    )
+    offsets, size = [], 0
+    for tensor in tensors:
+        offsets.append(size)
+        size += -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
+    flat = torch.zeros(size, dtype=tensors[0].dtype, device=tensors[0].device)
+    for tensor, offset in zip(tensors, offsets, strict=True):
+        strides = torch.empty_like(tensor).stride()  # dense, whatever the tensor's are
+        view = flat.as_strided(tensor.shape, strides, offset)
+        view.copy_(tensor.detach())
+        tensor.data = view
+    return flat
+
+
+def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of ``flat`` that lie in it as the tensors ``like`` lie in their own flat buffer."""
+    return [flat.as_strided(t.shape, t.stride(), t.storage_offset()) for t in like]
+
+
+class FlatSGD:
+    """SGD with momentum over all parameters of a model, in flat float32 buffers.
+
+    The parameters become views of ``parameters``, their ``grad`` views of ``gradients``. A step
+    whose gradients are not all finite changes nothing and is counted in ``skipped``. Nothing is
+    read back to the host, so a CUDA graph can capture a step.
+
+    Args:
+        model: float32, already where it trains; moving it afterwards takes it off the buffers
+        momentum, nesterov: as torch.optim.SGD has them
+        weight_decay: of all parameters
+        decay_vectors: False leaves those of one axis, normalisations and biases, without decay
+        loss_scale: the loss was multiplied by it before the backward pass
+        implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
+
+    Attributes:
+        lr: [] float32, on the device. set it before a step
+        loss_scale: [] float32, on the device
+        skipped: [] int32, on the device. steps left out so far
+        parameters, momenta: [P] float32
+        gradients: [P] float32. zero in the gaps between parameters, and must stay so
+
+    Source: He et al. 2015, section 4.2; Goyal et al. 2017, section 5.3 (decay of vectors).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        momentum: float,
+        weight_decay: float,
+        nesterov: bool = False,
+        decay_vectors: bool = True,
+        loss_scale: float = 1.0,
+        implementation: str = "auto",
+    ):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        decayed = [p for p in trained if decay_vectors or p.dim() > 1]
+        rest = [p for p in trained if not decay_vectors and p.dim() <= 1]
+        self._groups = [(decayed, weight_decay)] + ([(rest, 0.0)] if rest else [])
+        self._members = decayed + rest
+        self._settings = {"momentum": momentum, "nesterov": nesterov}
+        self._weight_decay = weight_decay
+        self._implementation = implementation
+
+        self.parameters = flatten(self._members)
+        self._decayed = rest[0].storage_offset() if rest else self.parameters.numel()
+        self.gradients = torch.zeros_like(self.parameters)
+        self.momenta = torch.zeros_like(self.parameters)
+        self._gradient_views = _views(self.gradients, self._members)
+        self._momentum_views = _views(self.momenta, self._members)
+        for parameter, gradient in zip(self._members, self._gradient_views, strict=True):
+            parameter.grad = gradient
+        device = self.parameters.device
+        self.lr = torch.zeros((), device=device)
+        self.loss_scale = torch.tensor(loss_scale, dtype=torch.float32, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int32, device=device)
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Put the gradients of ``loss`` times the loss scale into ``gradients``."""
+        found = torch.autograd.grad(loss * self.loss_scale, self._members)
+        torch._foreach_copy_(self._gradient_views, found)
+
+    def step(self) -> None:
+        """Update the parameters with ``gradients``; skip and count it if they are not finite."""
+        ops.sgd(
+            self.parameters,
+            self.gradients,
+            self.momenta,
+            self.lr,
+            self.loss_scale,
+            self.skipped,
+            decayed=self._decayed,
+            weight_decay=self._weight_decay,
+            implementation=self._implementation,
+            **self._settings,
+        )
+
+    def state_dict(self) -> dict:
+        """The momenta in torch.optim.SGD's format, as it has them with the same settings."""
+        state = self._torch_sgd().state_dict()
+        if self._settings["momentum"]:
+            places = enumerate(self._momentum_views)
+            state["state"] = {place: {"momentum_buffer": view} for place, view in places}
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up momenta in torch.optim.SGD's format, this class's or that one's own.
+
+        Raises:
+            ValueError: the state is of other parameters or of other settings; nothing has changed
+        """
+        for place, (ours, theirs) in enumerate(
+            zip(self._torch_sgd().param_groups, state["param_groups"], strict=False)
+        ):
+            for name in ("momentum", "dampening", "weight_decay", "nesterov", "maximize"):
+                if ours[name] != theirs[name]:
+                    raise ValueError(
+                        f"optimizer state must have {name} {ours[name]} in group {place}, "
+                        f"got {theirs[name]}"
+                    )
+        sizes = [len(group["params"]) for group in state["param_groups"]]
+        if sizes != [len(members) for members, _ in self._groups]:
+            raise ValueError(
+                f"optimizer state must have groups of "
+                f"{[len(members) for members, _ in self._groups]} parameters, got {sizes}"
+            )
+        kept = [state["state"].get(place, {}) for place in range(len(self._members))]
+        found = [entry.get("momentum_buffer") for entry in kept]
+        for place, (ours, theirs) in enumerate(zip(self._momentum_views, found, strict=True)):
+            if theirs is not None and theirs.shape != ours.shape:
+                raise ValueError(
+                    f"optimizer state must have shape {tuple(ours.shape)} for parameter {place}, "
+                    f"got {tuple(theirs.shape)}"
+                )
+        for ours, theirs in zip(self._momentum_views, found, strict=True):
+            # torch.optim.SGD has none before its first step, which then equals one from zero
+            ours.zero_() if theirs is None else ours.copy_(theirs)
+
+    def _torch_sgd(self) -> torch.optim.SGD:
+        groups = [{"params": members, "weight_decay": decay} for members, decay in self._groups]
+        return torch.optim.SGD(groups, lr=0.0, **self._settings)
+
+
+class AveragedWeights:
+    """An exponential moving average of a model's parameters and running statistics.
+
+    Args:
+        model: all its parameters and buffers are views of ``sources``, as ``flatten`` leaves them
+        sources: flat buffers
+        decay: 0 .. 1, a step
+
+    Attributes:
+        model: a network of its own that holds the averages, for evaluation
+        flats: its flat buffers, one for each of ``sources``
+    """
+
+    def __init__(self, model: nn.Module, sources: Sequence[Tensor], decay: float):
+        self._sources, self._decay = list(sources), decay
+        self.model = deepcopy(model).requires_grad_(False)
+        self.flats = [source.clone() for source in sources]
+        by_storage = {
+            source.untyped_storage().data_ptr(): flat
+            for source, flat in zip(sources, self.flats, strict=True)
+        }
+        for ours, theirs in zip(_tensors(self.model), _tensors(model), strict=True):
+            flat = by_storage[theirs.untyped_storage().data_ptr()]
+            (ours.data,) = _views(flat, [theirs])
+
+    @torch.no_grad()
+    def update(self, first: Tensor) -> None:
+        """Move towards the model, or where ``first``, [] bool on the device, copy it."""
+        weight = torch.where(first, 1.0, 1.0 - self._decay)
+        for flat, source in zip(self.flats, self._sources, strict=True):
+            if flat.is_floating_point():
+                flat.lerp_(source, weight)
+            else:
+                flat.copy_(source)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def flatten_buffers(model: nn.Module) -> list[Tensor]:
+    """Move a model's buffers into one flat buffer for each of their dtypes."""
+    dtypes = dict.fromkeys(buffer.dtype for buffer in model.buffers())
+    return [flatten([b for b in model.buffers() if b.dtype == dtype]) for dtype in dtypes]
 
 
 def learning_rate(

@@ -134,3 +134,49 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> 
     """
     scaled = images.float() * (1 / (255 * std)) - mean / std
     return scaled.to(dtype).permute(0, 3, 1, 2)
+
+
+def sgd(
+    parameters: Tensor,
+    gradients: Tensor,
+    momenta: Tensor,
+    lr: Tensor,
+    loss_scale: Tensor,
+    skipped: Tensor,
+    copy: Tensor | None = None,
+    *,
+    decayed: int,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> None:
+    """One step of SGD in place, or none where a gradient is infinite or NaN.
+
+    With g the gradient, divided by the loss scale, plus weight_decay * parameter for the first
+    ``decayed`` elements:
+    ``momenta = momentum * momenta + g``; ``parameters -= lr * momenta``, or with ``nesterov``
+    ``parameters -= lr * (g + momentum * momenta)``. The operations are those of torch.optim.SGD
+    one by one, so on a CPU the results have the same bits.
+
+    Args:
+        parameters, gradients, momenta: [P] float32
+        lr, loss_scale: [] float32
+        skipped: [] int32. one more where the step is left out
+        copy: [P] float16 or bfloat16, or None. the new parameters, rounded
+        decayed: 0 .. P
+        momentum, weight_decay, nesterov: as torch.optim.SGD has them
+
+    Source: Sutskever et al. 2013, section 2; the form without lr in the momenta is PyTorch's.
+    """
+    finite = gradients.isfinite().all()
+    direction = gradients * loss_scale.reciprocal()
+    direction[:decayed].add_(parameters[:decayed], alpha=weight_decay)
+    average = (momenta * momentum).add_(direction)
+    direction = direction.add_(average, alpha=momentum) if nesterov else average
+    # float64 for one rounding in all, as with the fused multiply-add of torch.optim.SGD
+    moved = (parameters.double() - lr.double() * direction.double()).float()
+    parameters.copy_(torch.where(finite, moved, parameters))
+    momenta.copy_(torch.where(finite, average, momenta))
+    skipped += ~finite
+    if copy is not None:
+        copy.copy_(torch.where(finite, parameters.to(copy.dtype), copy))

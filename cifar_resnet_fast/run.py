@@ -82,7 +82,10 @@ class Run:
             dtype=DTYPES[config.dtype],
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+            decay_vectors=not config.decay_weights_only,
             label_smoothing=config.label_smoothing,
+            loss_scale=config.loss_scale,
             ema=config.ema,
         )
         # loss and hits of the running epoch's steps; read back now and then, not every step
@@ -159,8 +162,10 @@ class Run:
         leave a gap.
         """
         began = time.monotonic()
+        before = logbook.rows[-1].get("skipped_steps", 0) if logbook.rows else 0
         loss, accuracy = self._epoch_so_far(self.data.training.steps)
         self._check_weights()
+        skipped = int(self.engine.optimizer.skipped)
         test_loss, test_accuracy = self.engine.evaluate(self.data.testing.evaluation_batches())
         self.seconds += time.monotonic() - began
         logbook.add(
@@ -170,12 +175,19 @@ class Run:
                 "lr": self._learning_rate(self.step - 1),
                 "train_loss": loss,
                 "train_accuracy": accuracy,
+                "skipped_steps": skipped,
                 "test_loss": test_loss,
                 "test_accuracy": test_accuracy,
                 "images_per_second": round(images_per_second, 1),
                 "seconds": round(self.seconds, 3),
             }
         )
+        if skipped > before:
+            logbook.say(
+                f"{skipped - before} steps of epoch {epoch + 1} were skipped: their gradients "
+                f"overflowed at loss scale {self.config.loss_scale:g}; a lower "
+                f"{flag_of('loss_scale')} helps where there are many"
+            )
         self._save()
 
     def _epoch_so_far(self, steps: int) -> tuple[float, float]:

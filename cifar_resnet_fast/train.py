@@ -26,6 +26,8 @@ from cifar_resnet_fast.run import IMAGENET_STATISTICS, Run, RunData, RunStopped,
 # what a command line may change with --resume: where things are and how they are shown
 _FREE_ON_RESUME = {"resume", "data_root", "device", "tensorboard"}
 
+_FP16_LOSS_SCALE = 1024.0  # a mean over 1024 pictures then has the gradients of their sum
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line.
@@ -85,7 +87,7 @@ def _resolved(config: TrainConfig) -> TrainConfig:
     dataset, reason = find_dataset(config.dataset, config.data_root)
     if reason is not None:
         print(f"CIFAR-10 could not be had, training on drawn shapes instead: {reason}")
-    return replace(config, dataset=dataset, dtype=_dtype(config))
+    return _with_precision(replace(config, dataset=dataset))
 
 
 def _resumed(config: TrainConfig, given: dict) -> tuple[TrainConfig, Path]:
@@ -106,7 +108,7 @@ def _resumed(config: TrainConfig, given: dict) -> tuple[TrainConfig, Path]:
                 f"got {value}"
             )
     free = {name: given[name] for name in _FREE_ON_RESUME & given.keys()}
-    return replace(begun, **free), folder
+    return _with_precision(replace(begun, **free)), folder
 
 
 def _check_free(folder: Path) -> None:
@@ -148,6 +150,12 @@ def _device(config: TrainConfig) -> torch.device:
                     f"{config.implementation}: {reason}"
                 )
     return device
+
+
+def _with_precision(config: TrainConfig) -> TrainConfig:
+    dtype = _dtype(config)
+    scale = config.loss_scale or (_FP16_LOSS_SCALE if dtype == "fp16" else 1.0)
+    return replace(config, dtype=dtype, loss_scale=scale)
 
 
 def _dtype(config: TrainConfig) -> str:

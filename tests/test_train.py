@@ -159,6 +159,7 @@ SETTINGS = {
     "ema-smoothing": ["--ema", "0.9", "--label-smoothing", "0.1"],
     "bf16": ["--dtype", "bf16"],
     "fp16": ["--dtype", "fp16"],
+    "nesterov": ["--nesterov", "--decay-weights-only"],
 }
 
 
@@ -173,6 +174,7 @@ SETTINGS = {
         ("ema-smoothing", [7]),
         ("bf16", [7]),
         ("fp16", [7]),
+        ("nesterov", [7]),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
@@ -261,6 +263,8 @@ def bad_input(arguments, capsys):
         ("--milestones 5 3", "--milestones must be rising epochs"),
         ("--validation 64", "--validation must be smaller than the 64"),
         ("--dtype int8", "--dtype: invalid choice: 'int8'"),
+        ("--loss-scale 0", "--loss-scale must be more than 0, got 0.0"),
+        ("--nesterov --momentum 0", "--nesterov must be off where momentum is 0"),
         ("--seed -1", "--seed must be in 0 .. 2**63 - 1, got -1"),
         ("--implementation cuda", "--implementation must be one that can run here, got cuda: "),
         ("--speed 3", "unrecognized arguments: --speed 3"),
@@ -388,6 +392,18 @@ def test_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
     assert "the loss is nan at step 6 (epoch 1.50)" in shown
     assert f"{out / 'checkpoint.pt'} keeps the last good state" in shown
     assert checkpoint(out)["step"] == STEPS
+
+
+def test_skipped_steps_are_counted_and_shown(tmp_path, capsys):
+    out = run("--dtype", "fp16", "--loss-scale", "1e9", out=tmp_path / "run")
+    assert [row["skipped_steps"] for row in metrics(out)] == [4, 8, 12]
+    shown = capsys.readouterr().out
+    assert (
+        "4 steps of epoch 2 were skipped: their gradients overflowed at loss scale 1e+09" in shown
+    )
+    usual = run("--dtype", "fp16", "--epochs", "1", out=tmp_path / "usual")
+    assert metrics(usual)[0]["skipped_steps"] == 0
+    assert json.loads((usual / "config.json").read_text())["loss_scale"] == 1024
 
 
 def test_a_real_divergence_leaves_no_bad_checkpoint(tmp_path, capsys):

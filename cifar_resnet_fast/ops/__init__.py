@@ -5,6 +5,7 @@ from cifar_resnet_fast.ops.augment import augment, normalize
 from cifar_resnet_fast.ops.choice import IMPLEMENTATIONS, OPERATIONS, choose, why_not
 from cifar_resnet_fast.ops.conv_bn_relu import conv_bn_relu
 from cifar_resnet_fast.ops.extension import BUILD_INFO, WHY_NOT_LOADED
+from cifar_resnet_fast.ops.sgd import sgd
 from cifar_resnet_fast.ops.shortcut_a import shortcut_a
 from cifar_resnet_fast.ops.stage_border import stage_border
 
@@ -17,6 +18,7 @@ __all__ = [
     "choose",
     "conv_bn_relu",
     "normalize",
+    "sgd",
     "shortcut_a",
     "stage_border",
     "why_not",

@@ -21,6 +21,7 @@ OPERATIONS = {  # and their implementations, fastest first
     "conv_bn_relu": ("triton", "reference"),
     "shortcut_a": ("cuda", "triton", "reference"),
     "stage_border": ("cuda", "reference"),
+    "sgd": ("triton", "reference"),
 }
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -75,6 +76,7 @@ def choose(implementation: str, device: torch.device, operation: str) -> str:
         RuntimeError: the named implementation cannot run on ``device``; says why
     """
     if implementation == "auto":
+        # Triton's interpreter checks kernels; it is hundreds of times slower than the reference
         if device.type != "cuda":
             return "reference"
         names = OPERATIONS[operation]

@@ -1,0 +1,88 @@
+"""One step of SGD over flat buffers (layer 1). Twin: ``reference.sgd``."""
+
+import torch
+from torch import Tensor
+
+from cifar_resnet_fast import reference
+from cifar_resnet_fast.ops.choice import choose
+
+
+def sgd(
+    parameters: Tensor,
+    gradients: Tensor,
+    momenta: Tensor,
+    lr: Tensor,
+    loss_scale: Tensor,
+    skipped: Tensor,
+    copy: Tensor | None = None,
+    *,
+    decayed: int,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    implementation: str = "auto",
+) -> None:
+    """A step in place, or none where a gradient is infinite or NaN; see ``reference.sgd``.
+
+    Nothing is read back to the host, so a CUDA graph can capture it.
+
+    Args:
+        parameters, gradients, momenta: [P] float32, contiguous, with P < 2**31
+        lr, loss_scale: [] float32
+        skipped: [] int32. counts the steps that were left out
+        copy: [P] float16 or bfloat16, contiguous, or None. the new parameters, rounded
+        decayed: 0 .. P. so many elements, from the first on, have weight decay
+        momentum, weight_decay, nesterov: as torch.optim.SGD has them
+        implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
+
+    Raises:
+        TypeError: a tensor is of another dtype
+        ValueError: a shape, a device or ``decayed`` breaks its rule
+        RuntimeError: the named implementation cannot run here
+    """
+    P = parameters.numel()
+    flat, scalar = (P,), ()
+    rules = (
+        ("parameters", parameters, flat, (torch.float32,)),
+        ("gradients", gradients, flat, (torch.float32,)),
+        ("momenta", momenta, flat, (torch.float32,)),
+        ("lr", lr, scalar, (torch.float32,)),
+        ("loss_scale", loss_scale, scalar, (torch.float32,)),
+        ("skipped", skipped, scalar, (torch.int32,)),
+        ("copy", copy, flat, (torch.float16, torch.bfloat16)),
+    )
+    for name, tensor, shape, dtypes in rules:
+        if tensor is None and name == "copy":
+            continue
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous with shape {shape}, got shape {tuple(tensor.shape)} "
+                f"and strides {tensor.stride()}"
+            )
+        if tensor.device != parameters.device:
+            raise ValueError(
+                f"{name} must be on the device of parameters, {parameters.device}, "
+                f"got {tensor.device}"
+            )
+    if not 0 < P < 2**31:
+        raise ValueError(f"parameters must have 1 .. 2**31 - 1 elements, got {P}")
+    if not 0 <= decayed <= P:
+        raise ValueError(f"decayed must be in 0 .. {P}, the number of parameters, got {decayed}")
+    run = reference.sgd
+    if choose(implementation, parameters.device, "sgd") == "triton":
+        from cifar_resnet_fast.kernels.sgd import sgd as run
+    run(
+        parameters,
+        gradients,
+        momenta,
+        lr,
+        loss_scale,
+        skipped,
+        copy,
+        decayed=decayed,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+    )
