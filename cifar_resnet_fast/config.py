@@ -55,6 +55,7 @@ class TrainConfig:
     warmup_epochs: float = _flag(5.0, "epochs over which the learning rate rises linearly")
     milestones: tuple[int, ...] = _flag((80, 120), "epochs at which it drops to a tenth")
     label_smoothing: float = _flag(0.0, "of the training loss, 0 to 1")
+    cutout: int = _flag(0, "side of the square taken away from each training picture (0: none)")
     ema: float = _flag(0.0, "decay a step of averaged weights to evaluate with; 0 for none")
     seed: int = _flag(0, "of the initial weights and of every random draw")
     runs: int = _flag(1, "train so many times, with seeds from --seed on")
@@ -83,7 +84,7 @@ class TrainConfig:
         check_depth(self.depth)
         for name, minimum in (("epochs", 1), ("batch_size", 1), ("runs", 1), ("limit", 1)):
             self._check(name, lambda v, low=minimum: v is None or v >= low, f"at least {minimum}")
-        for name in ("validation", "warmup_epochs", "weight_decay"):
+        for name in ("validation", "warmup_epochs", "weight_decay", "cutout"):
             self._check(name, lambda v: v >= 0 and math.isfinite(v), "0 or more")
         self._check("lr", lambda v: v > 0 and math.isfinite(v), "more than 0")
         self._check(

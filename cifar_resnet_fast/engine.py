@@ -1,37 +1,107 @@
-"""One training step, evaluation, and all state that a step changes (layer 3)."""
+"""One training step, evaluation, and all state that a step changes (layer 3).
 
-from collections.abc import Iterable
+A step is device work alone: the batch, the learning rate and the place of its metrics are chosen
+by a counter on the device. So it can be captured once, as a CUDA graph, and replayed with one
+launch; where nothing captures, the same function runs as it is.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cifar_resnet_fast.capture import CudaGraphs, Readback
+from cifar_resnet_fast.loader import Loader
 from cifar_resnet_fast.optimizer import AveragedWeights, FlatSGD, flatten_buffers
 from cifar_resnet_fast.resnet import FastResNet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Evaluator:
+    """Scores a model on all pictures of a loader.
+
+    Args:
+        model: moved to ``device``
+        loader: not augmented, on ``device``
+        device: where it runs
+        dtype: of the activations
+    """
+
+    def __init__(
+        self, model: FastResNet, loader: Loader, *, device: torch.device, dtype: torch.dtype
+    ):
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self._loader = loader
+        self._device, self._dtype = device, dtype
+        # cross entropy and hits, summed over the pictures so far; and batches ever made
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._done = 0
+        self._replay = self._run
+
+    def start(self) -> None:
+        """Launch the whole evaluation; ``result`` waits for it."""
+        self._sums.zero_()
+        for _ in range(self._loader.steps):
+            self._loader.prepare(self._done)
+            self._replay()
+            self._done += 1
+
+    def result(self) -> tuple[float, float]:
+        """Mean cross entropy and accuracy (0 .. 1) over all pictures."""
+        loss, hits = self._sums.tolist()
+        return loss / self._loader.size, hits / self._loader.size
+
+    def capture(self, capture: CudaGraphs) -> None:
+        """Replay a batch from now on; raises as ``capture``. Sums and counter stay as they are."""
+        self._loader.prepare(self._done)
+        with _Kept([self._sums, self._step]):
+            self._replay = capture(self._run, self._run)
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        self.model.eval()
+        images, labels = self._loader.batch(self._step)
+        with _autocast(self._device, self._dtype):
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-1)
+        self._sums += torch.stack((loss, (logits.argmax(1) == labels).sum()))
+        self._step += 1
+
+
 class Engine:
-    """A model in training: its optimiser and averaged weights.
+    """A model in training: its loaders, optimiser, schedule, metrics and averaged weights.
 
     Args:
         model: moved to ``device``; its parameters stay float32
+        training, testing: loaders on ``device``, the second not augmented
         device: where it trains
         dtype: of the activations
+        schedule: [steps] float32. the learning rate of every step of the run
+        seed: of the training batches
         momentum, nesterov, weight_decay, decay_vectors: as ``FlatSGD`` has them
         label_smoothing: 0 .. 1, of the training loss
         loss_scale: the backward pass runs on the loss times this, which keeps small gradients
             from vanishing in float16
         ema: decay a step of the averaged weights, which evaluation then uses; 0 for none
+
+    Attributes:
+        done: steps taken since the start of the run
+        metrics: [3, steps of an epoch] float32, on the device. a column a step, the last epoch's:
+            mean loss of the batch, pictures classified right before the step, steps skipped since
+            the start of the run
     """
 
     def __init__(
         self,
         model: FastResNet,
+        training: Loader,
+        testing: Loader,
         *,
         device: torch.device,
         dtype: torch.dtype,
+        schedule: Tensor,
+        seed: int,
         momentum: float,
         weight_decay: float,
         nesterov: bool = False,
@@ -41,9 +111,9 @@ class Engine:
         ema: float = 0.0,
     ):
         self.model = model.to(device, memory_format=torch.channels_last)
-        self.device = device
-        self.dtype = dtype
-        self.label_smoothing = label_smoothing
+        self._training = training
+        self._device, self._dtype, self._seed = device, dtype, seed
+        self._label_smoothing = label_smoothing
         self.optimizer = FlatSGD(
             model,
             momentum=momentum,
@@ -52,81 +122,148 @@ class Engine:
             decay_vectors=decay_vectors,
             loss_scale=loss_scale,
         )
-        # steps taken, on the device
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.averaged = None
-        if ema:
-            flats = [self.optimizer.parameters, *flatten_buffers(model)]
-            self.averaged = AveragedWeights(model, flats, ema)
+        self._flats = [self.optimizer.parameters, *flatten_buffers(model)]
+        self._averaged = AveragedWeights(model, self._flats, ema) if ema else None
+        self._evaluator = Evaluator(self.evaluated_model, testing, device=device, dtype=dtype)
+        self._schedule = schedule.to(device)
+        self.done = 0
+        self._step = torch.zeros((), dtype=torch.int64, device=device)  # the same, on the device
+        self.metrics = torch.zeros((3, training.steps), device=device)
+        self._readback = Readback(self.metrics)
+        self._replay = self._run
 
     @property
     def evaluated_model(self) -> FastResNet:
         """The model that evaluation uses: the averaged one where there is one."""
-        return self.model if self.averaged is None else self.averaged.model
+        return self.model if self._averaged is None else self._averaged.model
 
-    def train_step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """One step of SGD.
+    def capture(self, capture: CudaGraphs) -> str | None:
+        """Replay steps and evaluation from now on, where ``capture`` can record them.
 
-        Args:
-            images: [N, 3, 32, 32], normalised
-            labels: [N] int64
-            lr: learning rate of this step
+        The warm-up before it trains on dummy labels and leaves no trace in the weights, the
+        running statistics, the optimiser or the metrics.
 
         Returns:
-            loss: [] float32, mean over the batch, on the device
-            correct: [] int64, pictures classified right before the step, on the device
-        """
-        self.model.train()
-        self.optimizer.lr.fill_(lr)
-        with self._autocast():
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
-        self.optimizer.differentiate(loss)
-        self.optimizer.step()
-        if self.averaged is not None:
-            self.averaged.update(first=self.step == 0)
-        self.step += 1
-        return loss.detach(), (logits.argmax(1) == labels).sum()
+            why they go on as they are, or None
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """Mean cross entropy and accuracy (0 .. 1) over all pictures of ``batches``."""
-        model = self.evaluated_model.eval()
-        loss = torch.zeros((), device=self.device, dtype=torch.float64)
-        correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        count = 0
-        for images, labels in batches:
-            with self._autocast():
-                logits = model(images)
-            loss += F.cross_entropy(logits.float(), labels, reduction="sum")
-            correct += (logits.argmax(1) == labels).sum()
-            count += len(labels)
-        return loss.item() / count, correct.item() / count
+        Raises:
+            torch.OutOfMemoryError: a step does not fit into the device's memory
+        """
+        self._training.prepare(self.done, self._seed)
+        try:
+            with _Kept(self._state()):
+                replay = capture(self._run, lambda: self._run(dummy=True))
+            self._evaluator.capture(capture)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        self._replay = replay
+        return None
+
+    def train_step(self) -> None:
+        """Launch the next step of the run; nothing waits for it."""
+        self._training.prepare(self.done, self._seed)
+        self._replay()
+        self.done += 1
+
+    def ask_metrics(self) -> None:
+        """Have ``metrics`` copied to the host, with all steps launched so far."""
+        self._readback.ask()
+
+    def metrics_arrived(self) -> bool:
+        """Whether the metrics asked for last can be read without waiting."""
+        return self._readback.arrived()
+
+    def read_metrics(self) -> Tensor:
+        """The metrics asked for last, on the host."""
+        return self._readback.values()
+
+    def evaluate(self) -> tuple[float, float]:
+        """Mean cross entropy and accuracy (0 .. 1) over all pictures of the testing loader."""
+        self._evaluator.start()
+        if self.done < len(self._schedule):
+            # the next epoch is drawn while the device evaluates
+            self._training.prepare(self.done, self._seed)
+        return self._evaluator.result()
 
     def is_finite(self) -> bool:
         """Whether no weight and no running statistic of the model is infinite or NaN."""
-        values = [v for v in self.model.state_dict().values() if v.is_floating_point()]
-        return bool(torch.stack([v.isfinite().all() for v in values]).all())
+        return all(bool(flat.isfinite().all()) for flat in self._flats)
 
     def state_dict(self) -> dict:
         """All state that a step changes; ``load_state_dict`` takes it back."""
+        averaged = self._averaged
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "skipped": self.optimizer.skipped,
-            "step": self.step,
-            "averaged": None if self.averaged is None else self.averaged.model.state_dict(),
+            "averaged": None if averaged is None else averaged.model.state_dict(),
+            "step": self.done,
+            "metrics": self.metrics,
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Take up the state of a run; ValueError, KeyError or RuntimeError if it is of another."""
+        if not 0 <= state["step"] <= len(self._schedule):
+            raise ValueError(f"step must be within the run's, got {state['step']}")
+        if state["metrics"].shape != self.metrics.shape:
+            raise ValueError(
+                f"metrics must have shape {tuple(self.metrics.shape)}, "
+                f"got {tuple(state['metrics'].shape)}"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.skipped.copy_(state["skipped"])
-        self.step.copy_(state["step"])
-        if self.averaged is not None:
-            self.averaged.model.load_state_dict(state["averaged"])
+        if self._averaged is not None:
+            self._averaged.model.load_state_dict(state["averaged"])
+        self.done = int(state["step"])
+        self._step.fill_(self.done)
+        self.metrics.copy_(state["metrics"])
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        )
+    def _run(self, dummy: bool = False) -> None:
+        """A step, or a ``dummy`` one for warm-up, which no label has a part in."""
+        optimizer = self.optimizer
+        self.model.train()
+        images, labels = self._training.batch(self._step)
+        if dummy:
+            labels = torch.zeros_like(labels)
+        with _autocast(self._device, self._dtype):
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
+        hits = (logits.argmax(1) == labels).sum()
+        optimizer.differentiate(loss)
+        here = self._step.reshape(1)
+        optimizer.lr.copy_(self._schedule.index_select(0, here)[0])
+        optimizer.step()
+        if self._averaged is not None:
+            self._averaged.update(first=self._step == 0)
+        column = torch.stack((loss.detach(), hits, optimizer.skipped))
+        self.metrics.index_copy_(1, here % self.metrics.shape[1], column[:, None])
+        if not dummy:
+            self._step += 1
+
+    def _state(self) -> list[Tensor]:
+        """Every tensor that a step changes and a later step or the user reads."""
+        averaged = [] if self._averaged is None else self._averaged.flats
+        optimizer = self.optimizer
+        kept = [optimizer.momenta, optimizer.lr, optimizer.skipped, self._step, self.metrics]
+        return [*self._flats, *averaged, *kept]
+
+
+class _Kept:
+    """Gives tensors back the values they had on entry."""
+
+    def __init__(self, tensors: list[Tensor]):
+        self._tensors = tensors
+
+    def __enter__(self) -> None:
+        self._values = [tensor.clone() for tensor in self._tensors]
+
+    def __exit__(self, *_) -> None:
+        for tensor, value in zip(self._tensors, self._values, strict=True):
+            tensor.copy_(value)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

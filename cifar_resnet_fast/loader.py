@@ -1,11 +1,16 @@
 """Batches: the whole set on the device as bytes, augmented and normalised there (layer 2).
 
-Every random draw of an epoch (order, crop offsets, flips) is a pure function of (seed, epoch), so
-any batch of any epoch can be made again, on any device and by any number of processes. The draws
-come from numpy's Philox generator, a counter-based one whose stream never changes.
+Every random draw of an epoch (order, crop offsets, flips, cutout) is a pure function of (seed,
+epoch), so any batch of any epoch can be made again, on any device and by any number of processes.
+The draws come from numpy's Philox generator, a counter-based one whose stream never changes.
+
+The draws of an epoch lie on the device as a table; which of its rows make the batch, a counter on
+the device says. So making a batch is device work alone, and a CUDA graph can capture it. A set
+that does not fit into the device's memory stays on the host, and a window of it moves along with
+the steps.
 """
 
-from collections.abc import Iterator
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +20,7 @@ from torch import Tensor
 from cifar_resnet_fast import ops
 
 CROP_PADDING = 4  # pixels of zeros on each side (He et al. 2015, section 4.2)
+_CHUNK_STEPS = 16  # steps a half of the window holds: 50 MB at batch size 1024
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,15 @@ class EpochDraws:
     order: [size] int64. the picture at each place of the epoch
     dy, dx: [size] int64 in 0 .. 2 * CROP_PADDING. corner of its crop
     flip: [size] bool. whether it is mirrored
+    cy, cx: [size] int64 in 0 .. 31. centre of the square that cutout takes away
     """
 
     order: Tensor
     dy: Tensor
     dx: Tensor
     flip: Tensor
+    cy: Tensor
+    cx: Tensor
 
 
 def draw_epoch(seed: int, epoch: int, size: int) -> EpochDraws:
@@ -40,34 +49,48 @@ def draw_epoch(seed: int, epoch: int, size: int) -> EpochDraws:
         epoch: from 0
         size: number of training pictures
     """
-    raw = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(2 * size)
-    keys, bits = raw[:size], raw[size:]
+    raw = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(3 * size)
+    keys, bits, centre = raw.reshape(3, size)
     offsets = np.uint64(2 * CROP_PADDING + 1)
     # 31 bits an offset, whose remainder by 9 is uniform to 4e-9; the top bit for the flip
     dy = (bits & np.uint64(0x7FFFFFFF)) % offsets
     dx = ((bits >> np.uint64(31)) & np.uint64(0x7FFFFFFF)) % offsets
     flip = bits >> np.uint64(63)
+    cy, cx = centre >> np.uint64(59), (centre >> np.uint64(54)) & np.uint64(31)
     return EpochDraws(
         torch.from_numpy(np.argsort(keys, kind="stable")),
         torch.from_numpy(dy.astype(np.int64)),
         torch.from_numpy(dx.astype(np.int64)),
         torch.from_numpy(flip.astype(bool)),
+        torch.from_numpy(cy.astype(np.int64)),
+        torch.from_numpy(cx.astype(np.int64)),
     )
 
 
 class Loader:
-    """Batches of one split, made on the device that holds it.
+    """Batches of one split, made on a device, for one of several processes.
+
+    A batch is made in two parts. ``prepare``, on the host, sees to it that the device has what the
+    step needs; it never waits for the device unless the window moves. ``batch`` is device work
+    alone.
 
     Args:
-        images: [N, 32, 32, 3] uint8, any device; kept on ``device``
+        images: [N, 32, 32, 3] uint8, on the CPU
         labels: [N] int64
         mean, std: [3] float32, full scale 1. of the normalisation
-        batch_size: 1 .. N
+        batch_size: pictures a step, of all processes together; a multiple of their number
         device: where the batches are made
         dtype: of the batches
+        augmented: True for training, where each epoch has an order and draws of its own and the
+            pictures left over are dropped; False for all pictures in their own order, as they are,
+            the last batch filled up with black pictures of label -1
+        cutout: side of the square taken away from each augmented picture, or 0
+        rank, processes: makes the ``rank``-th part of each batch
+        resident: whether the whole set lies on the device; None where it takes at most half of
+            the free memory
 
     Raises:
-        ValueError: ``batch_size`` is out of its range
+        ValueError: ``batch_size`` is out of its range or does not split
     """
 
     def __init__(
@@ -80,50 +103,188 @@ class Loader:
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        augmented: bool = True,
+        cutout: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+        resident: bool | None = None,
     ):
         if not 1 <= batch_size <= len(images):
             raise ValueError(
                 f"batch_size must be in 1 .. {len(images)}, the number of pictures, "
                 f"got {batch_size}"
             )
-        self.images, self.labels = images.to(device), labels.to(device)
-        self.mean, self.std = mean.to(device), std.to(device)
+        if batch_size % processes:
+            raise ValueError(
+                f"batch_size must be a multiple of the {processes} processes, got {batch_size}"
+            )
+        self.size = len(images)
         self.batch_size = batch_size
-        self.dtype = dtype
+        self.part_size = batch_size // processes  # this process's pictures of a batch
+        self._augmented, self._cutout = augmented, cutout if augmented else 0
+        self._rank, self._processes = rank, processes
+        self._values = ops.normalized_bytes(mean, std, dtype).to(device)
+        self._draws = torch.zeros((6, self.steps * self.part_size), dtype=torch.int32).to(device)
+        self._drawn = None  # the (seed, epoch) of the draws on the device
+        self._window = None
+        if resident is None:
+            resident = _fits(images, device)
+        if resident:
+            self._images, self._labels = images.to(device), labels.to(device)
+        else:
+            self._window = _Window(images, labels, self.part_size, self.steps, device)
+            self._images, self._labels = self._window.images, self._window.labels
 
     @property
     def steps(self) -> int:
-        """Full batches in an epoch of training; the pictures left over are dropped."""
-        return len(self.images) // self.batch_size
+        """Batches in an epoch."""
+        full, rest = divmod(self.size, self.batch_size)
+        return full if self._augmented else full + (rest > 0)
 
-    def training_batches(
-        self, seed: int, epoch: int, start: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The augmented batches of an epoch from batch ``start`` on.
+    def prepare(self, step: int, seed: int = 0) -> None:
+        """See to it that the device has what ``batch`` needs; to be called before each step.
 
-        Yields:
-            images: [batch_size, 3, 32, 32], channels-last, normalised
-            labels: [batch_size] int64
+        Args:
+            step: from 0, counted through all epochs; must be the device's counter
+            seed: of the run
         """
-        draws = draw_epoch(seed, epoch, len(self.images))
-        device = self.images.device
-        order, dy, dx, flip = (
-            draw.to(device) for draw in (draws.order, draws.dy, draws.dx, draws.flip)
-        )
-        for step in range(start, self.steps):
-            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            images = ops.augment(
-                self.images[order[part]], dy[part], dx[part], flip[part], CROP_PADDING
-            )
-            yield self._normalized(images), self.labels[order[part]]
+        epoch = step // self.steps
+        if self._drawn != (seed, epoch):
+            table = self._table(seed, epoch)
+            if self._window is not None:
+                present = table[0] >= 0
+                table[0] = torch.where(present, self._window.places(epoch), -1)
+            self._draws.copy_(_pinned(table, self._draws.device), non_blocking=True)
+            self._drawn = (seed, epoch)
+        if self._window is not None:
+            self._window.move_to(step, lambda epoch: self._table(seed, epoch)[0], key=seed)
 
-    def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All pictures in their own order, as they are; the last batch may be smaller."""
-        parts = zip(
-            self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True
-        )
-        for images, labels in parts:
-            yield self._normalized(images), labels
+    def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's part of a batch.
 
-    def _normalized(self, images: Tensor) -> Tensor:
-        return ops.normalize(images, self.mean, self.std, self.dtype)
+        Args:
+            step: [] int64, on the device. what ``prepare`` was called with
+
+        Returns:
+            images: [part_size, 3, 32, 32], channels-last, normalised; see ``ops.load_batch``
+            labels: [part_size] int64
+        """
+        return ops.load_batch(
+            self._images,
+            self._labels,
+            self._values,
+            self._draws,
+            step,
+            batch_size=self.part_size,
+            padding=CROP_PADDING,
+            cutout=self._cutout,
+        )
+
+    def _table(self, seed: int, epoch: int) -> Tensor:
+        """[6, steps * part_size] int32, on the CPU. The epoch's draws, of this process's part."""
+        if self._augmented:
+            draws = draw_epoch(seed, epoch, self.size)
+            columns = (draws.order, draws.dy, draws.dx, draws.flip, draws.cy, draws.cx)
+            table = torch.stack([column.int() for column in columns])
+        else:
+            table = torch.tensor([0, CROP_PADDING, CROP_PADDING, 0, 0, 0], dtype=torch.int32)
+            table = table[:, None].repeat(1, self.steps * self.batch_size)
+            table[0] = torch.arange(table.shape[1])
+            table[0, self.size :] = -1
+        parts = table[:, : self.steps * self.batch_size].reshape(
+            6, self.steps, self._processes, self.part_size
+        )
+        return parts[:, :, self._rank].reshape(6, -1)
+
+
+class _Window:
+    """The pictures of the steps at hand, on the device: two halves, of which one is read while
+    the other is filled.
+
+    A half takes a chunk of up to ``_CHUNK_STEPS`` steps of one epoch. Chunks are numbered through
+    all epochs; chunk c lies in half c % 2.
+
+    Args:
+        images, labels: the whole set, on the CPU
+        part_size: pictures a step
+        steps: an epoch
+        device: of the window
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, part_size: int, steps: int, device: torch.device
+    ):
+        self._all_images, self._all_labels = images, labels
+        self._part_size, self._steps = part_size, steps
+        self._chunk_steps = min(_CHUNK_STEPS, steps)
+        self._chunks = -(-steps // self._chunk_steps)  # an epoch
+        self._half = self._chunk_steps * part_size  # pictures
+        shape = (2 * self._half, *images.shape[1:])
+        self.images = torch.zeros(shape, dtype=images.dtype, device=device)
+        self.labels = torch.zeros(2 * self._half, dtype=labels.dtype, device=device)
+        self._held = [None, None]
+        self._cuda = device.type == "cuda"
+        # what is copied to the device without waiting must lie in pinned memory until it is there
+        self._staged_images = _pinned(torch.zeros(shape, dtype=images.dtype), device)
+        self._staged_labels = _pinned(torch.zeros(2 * self._half, dtype=labels.dtype), device)
+        if self._cuda:
+            self._stream = torch.cuda.Stream(device)
+            self._filled = [torch.cuda.Event(), torch.cuda.Event()]
+
+    def places(self, epoch: int) -> Tensor:
+        """[steps * part_size] int32. Where in the window the epoch's pictures will lie."""
+        row = torch.arange(self._steps * self._part_size, dtype=torch.int32)
+        chunk = epoch * self._chunks + row // self._half
+        return chunk % 2 * self._half + row % self._half
+
+    def move_to(self, step: int, pictures_of, key) -> None:
+        """Have the step's chunk on the device, and the next one on its way.
+
+        Args:
+            step: from 0, counted through all epochs
+            pictures_of: function of an epoch to [steps * part_size]. its pictures, -1 for none
+            key: two orders of the same epoch have different ones
+        """
+        epoch, place = divmod(step, self._steps)
+        chunk = epoch * self._chunks + place // self._chunk_steps
+        here = self._held[chunk % 2] == (key, chunk)
+        if here and place % self._chunk_steps:
+            return
+        for wanted in (chunk, chunk + 1):
+            if self._held[wanted % 2] != (key, wanted):
+                self._fill(wanted, pictures_of)
+                self._held[wanted % 2] = (key, wanted)
+        if self._cuda:
+            torch.cuda.current_stream().wait_event(self._filled[chunk % 2])
+
+    def _fill(self, chunk: int, pictures_of) -> None:
+        epoch, part = divmod(chunk, self._chunks)
+        pictures = pictures_of(epoch)[part * self._half :][: self._half].long().clamp(min=0)
+        half = chunk % 2
+        place = slice(half * self._half, half * self._half + len(pictures))
+        if self._cuda:
+            self._filled[half].synchronize()  # the copy out of this staging half has ended
+        torch.index_select(self._all_images, 0, pictures, out=self._staged_images[place])
+        torch.index_select(self._all_labels, 0, pictures, out=self._staged_labels[place])
+        stream = contextlib.nullcontext()
+        if self._cuda:
+            # steps that read this half were launched before; the copy must not overtake them
+            self._stream.wait_stream(torch.cuda.current_stream())
+            stream = torch.cuda.stream(self._stream)
+        with stream:
+            self.images[place].copy_(self._staged_images[place], non_blocking=True)
+            self.labels[place].copy_(self._staged_labels[place], non_blocking=True)
+            if self._cuda:
+                self._filled[half].record()
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` where a copy to ``device`` need not be waited for."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _fits(images: Tensor, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.nbytes <= free // 2

@@ -136,6 +136,55 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> 
     return scaled.to(dtype).permute(0, 3, 1, 2)
 
 
+def load_batch(
+    images: Tensor,
+    labels: Tensor,
+    values: Tensor,
+    draws: Tensor,
+    step: Tensor,
+    *,
+    batch_size: int,
+    padding: int,
+    cutout: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The batch of a step: gathered, cropped, flipped, normalised, with a square cut out.
+
+    Picture n of the batch has row ``step % (R / batch_size) * batch_size + n`` of the draws.
+
+    Args:
+        images: [N, H, W, 3] uint8
+        labels: [N] int64
+        values: [256, 3], the dtype of the result. what each byte becomes, see ``normalize``
+        draws: [6, R] int32, R a multiple of batch_size. index of the picture, or -1 for a black
+            one with label -1; dy, dx, flip as ``augment`` has them; cy, cx, centre of the square
+        step: [] int64. which batch; on the device, so that nothing waits for it
+        batch_size: B
+        padding: pixels of zeros around the picture before the crop
+        cutout: side of a square, cut at the picture's border, that is zero in the result; or 0
+
+    Returns:
+        images: [B, 3, H, W], channels-last
+        labels: [B] int64
+
+    Source: He et al. 2015, section 4.2; DeVries and Taylor 2017 (cutout).
+    """
+    _, H, W, C = images.shape
+    device = images.device
+    rows = step % (draws.shape[1] // batch_size) * batch_size
+    index, dy, dx, flip, cy, cx = draws[:, rows + torch.arange(batch_size, device=device)].long()
+    present = index >= 0
+    gathered = images[index] * present[:, None, None, None]
+    crops = augment(gathered, dy, dx, flip.bool(), padding)
+    batch = values[crops.long(), torch.arange(C, device=device)]
+    if cutout:
+        below_top = torch.arange(H, device=device) - (cy[:, None] - cutout // 2)
+        right_of_left = torch.arange(W, device=device) - (cx[:, None] - cutout // 2)
+        cut_h = (below_top >= 0) & (below_top < cutout)
+        cut_w = (right_of_left >= 0) & (right_of_left < cutout)
+        batch = batch.masked_fill((cut_h[:, :, None] & cut_w[:, None, :])[..., None], 0)
+    return batch.permute(0, 3, 1, 2), torch.where(present, labels[index], -1)
+
+
 def sgd(
     parameters: Tensor,
     gradients: Tensor,

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from cifar_resnet_fast.capture import CudaGraphs
 from cifar_resnet_fast.checkpoint import read_checkpoint, save_checkpoint, write_atomically
 from cifar_resnet_fast.config import TrainConfig, flag_of
 from cifar_resnet_fast.datasets import Dataset
@@ -49,9 +49,22 @@ class RunData:
         self.evaluated = "validation" if config.validation else "test"
         own = dataset.channel_statistics()
         self.mean, self.std = own if config.normalization == "dataset" else IMAGENET_STATISTICS
-        self.training = self._loader(dataset.x_train, dataset.y_train, config.batch_size)
-        size = min(config.batch_size, len(dataset.x_test))
-        self.testing = self._loader(dataset.x_test, dataset.y_test, size)
+        settings = {"mean": self.mean, "std": self.std, "device": device}
+        settings["dtype"] = DTYPES[config.dtype]
+        self.training = Loader(
+            dataset.x_train,
+            dataset.y_train,
+            batch_size=config.batch_size,
+            cutout=config.cutout,
+            **settings,
+        )
+        self.testing = Loader(
+            dataset.x_test,
+            dataset.y_test,
+            batch_size=min(config.batch_size, len(dataset.x_test)),
+            augmented=False,
+            **settings,
+        )
         # enough to tell on a resume that the pictures are the same
         self.fingerprint = {
             "train": len(dataset.x_train),
@@ -59,11 +72,6 @@ class RunData:
             "classes": list(dataset.classes),
             "statistics": [value for part in own for value in part.tolist()],
         }
-
-    def _loader(self, images: Tensor, labels: Tensor, batch_size: int) -> Loader:
-        return Loader(
-            images, labels, self.mean, self.std, batch_size=batch_size, device=self.device
-        )
 
 
 class Run:
@@ -78,6 +86,10 @@ class Run:
         torch.manual_seed(config.seed)
         self.engine = Engine(
             FastResNet(config.depth, data.num_classes, config.implementation),
+            data.training,
+            data.testing,
+            schedule=self._schedule(),
+            seed=config.seed,
             device=data.device,
             dtype=DTYPES[config.dtype],
             momentum=config.momentum,
@@ -88,16 +100,17 @@ class Run:
             loss_scale=config.loss_scale,
             ema=config.ema,
         )
-        # loss and hits of the running epoch's steps; read back now and then, not every step
-        self.losses = torch.zeros(data.training.steps, device=data.device)
-        self.correct = torch.zeros(data.training.steps, dtype=torch.int64, device=data.device)
-        self.step = 0
         self.seconds = 0.0
         if (folder / _CHECKPOINT).exists():
             self._load()
         elif not (folder / "config.json").exists():
             folder.mkdir(exist_ok=True)
             write_json(folder / "config.json", config.to_dict())
+
+    @property
+    def step(self) -> int:
+        """Steps taken since the start of the run."""
+        return self.engine.done
 
     def train(self) -> float:
         """Train to the end; returns the accuracy on the evaluated split, 0 .. 1.
@@ -118,6 +131,10 @@ class Run:
             tensorboard=config.tensorboard,
         )
         with _StopRequest() as stop, logbook:
+            if self.data.device.type == "cuda":
+                reason = self.engine.capture(CudaGraphs())
+                if reason is not None:
+                    logbook.say(f"steps run without a CUDA graph, slower: {reason}")
             for epoch in range(self.step // steps, config.epochs):
                 speed = self._train_epoch(epoch, logbook, stop)
                 self._finish_epoch(epoch, speed, logbook)
@@ -133,27 +150,36 @@ class Run:
 
     def _train_epoch(self, epoch: int, logbook: Logbook, stop: "_StopRequest") -> float:
         """The steps of an epoch that are still to do; returns images per second."""
-        config, training = self.config, self.data.training
+        engine, training = self.engine, self.data.training
         steps = training.steps
         began, first, shown = time.monotonic(), self.step, 0.0
-        for images, labels in training.training_batches(config.seed, epoch, self.step % steps):
-            lr = self._learning_rate(self.step)
-            place = self.step % steps
-            self.losses[place], self.correct[place] = self.engine.train_step(images, labels, lr)
-            self.step += 1
+        asked = None  # the step whose metrics are on their way
+        while self.step < (epoch + 1) * steps:
+            engine.train_step()
+            last = self.step == (epoch + 1) * steps
             now = time.monotonic()
-            if now - shown > _SHOW_EVERY_SECONDS or place + 1 == steps:
-                shown = now
-                loss, accuracy = self._epoch_so_far(place + 1)
-                speed = (self.step - first) * training.batch_size / (now - began)
-                logbook.show(self.step, loss, accuracy, speed)
-            if stop.wished and place + 1 < steps:
+            if asked is None and not last and now - shown > _SHOW_EVERY_SECONDS:
+                engine.ask_metrics()
+                asked = self.step
+            if asked is not None and engine.metrics_arrived():
+                self._show(asked, (asked - first) / (now - began), epoch, logbook)
+                asked, shown = None, now
+            if stop.wished and not last:
                 self.seconds += time.monotonic() - began
                 self._save()
                 raise self._stopped()
+        engine.ask_metrics()
+        engine.read_metrics()  # waits for the last step
         elapsed = time.monotonic() - began
+        self._show(self.step, (self.step - first) / elapsed, epoch, logbook)
         self.seconds += elapsed
         return (self.step - first) * training.batch_size / elapsed
+
+    def _show(self, step: int, steps_per_second: float, epoch: int, logbook: Logbook) -> None:
+        """Move the bar to ``step``, whose metrics have arrived."""
+        training = self.data.training
+        loss, accuracy = self._epoch_so_far(epoch, step - epoch * training.steps)
+        logbook.show(step, loss, accuracy, steps_per_second * training.batch_size)
 
     def _finish_epoch(self, epoch: int, images_per_second: float, logbook: Logbook) -> None:
         """Evaluate, keep the epoch's row and the checkpoint, in this order.
@@ -163,10 +189,10 @@ class Run:
         """
         began = time.monotonic()
         before = logbook.rows[-1].get("skipped_steps", 0) if logbook.rows else 0
-        loss, accuracy = self._epoch_so_far(self.data.training.steps)
+        loss, accuracy = self._epoch_so_far(epoch, self.data.training.steps)
         self._check_weights()
-        skipped = int(self.engine.optimizer.skipped)
-        test_loss, test_accuracy = self.engine.evaluate(self.data.testing.evaluation_batches())
+        skipped = int(self.engine.read_metrics()[2, -1])
+        test_loss, test_accuracy = self.engine.evaluate()
         self.seconds += time.monotonic() - began
         logbook.add(
             {
@@ -190,19 +216,20 @@ class Run:
             )
         self._save()
 
-    def _epoch_so_far(self, steps: int) -> tuple[float, float]:
-        """Mean loss and accuracy of the epoch's first ``steps`` steps; all must be finite."""
-        losses = self.losses[:steps].tolist()
+    def _epoch_so_far(self, epoch: int, steps: int) -> tuple[float, float]:
+        """Mean loss and accuracy of the epoch's first ``steps`` steps, out of the metrics asked
+        for last; all must be finite."""
+        metrics = self.engine.read_metrics()[:, :steps]
+        losses = metrics[0].tolist()
         for place, loss in enumerate(losses):
             if not math.isfinite(loss):
-                step = self.step - steps + place + 1
-                epoch = step / self.data.training.steps
+                passed = (place + 1) / self.data.training.steps
                 raise FloatingPointError(
-                    f"the loss is {loss} at step {step} (epoch {epoch:.2f}): training stopped, "
-                    f"{self._kept()}; a lower {flag_of('lr')} or a longer "
-                    f"{flag_of('warmup_epochs')} often helps"
+                    f"the loss is {loss} at step {epoch * self.data.training.steps + place + 1} "
+                    f"(epoch {epoch + passed:.2f}): training stopped, {self._kept()}; a lower "
+                    f"{flag_of('lr')} or a longer {flag_of('warmup_epochs')} often helps"
                 )
-        hits = int(self.correct[:steps].sum())
+        hits = int(metrics[1].double().sum())
         return sum(losses) / steps, hits / (steps * self.data.training.batch_size)
 
     def _check_weights(self) -> None:
@@ -225,6 +252,10 @@ class Run:
             milestones=self.config.milestones,
         )
 
+    def _schedule(self) -> torch.Tensor:
+        steps = self.config.epochs * self.data.training.steps
+        return torch.tensor([self._learning_rate(step) for step in range(steps)])
+
     def _stopped(self) -> RunStopped:
         return RunStopped(
             f"stopped after step {self.step}; go on with {flag_of('resume')} {self.folder}"
@@ -233,15 +264,13 @@ class Run:
     def _save(self) -> None:
         self._check_weights()
         content = {
-            "format": 1,
+            "format": 2,
             "config": self.config.to_dict(),
             "data": self.data.fingerprint,
             "mean": self.data.mean.tolist(),
             "std": self.data.std.tolist(),
             "step": self.step,
             "seconds": self.seconds,
-            "losses": self.losses,
-            "correct": self.correct,
             "state_dict": self.engine.evaluated_model.state_dict(),
             "engine": self.engine.state_dict(),
         }
@@ -251,20 +280,16 @@ class Run:
         path = self.folder / _CHECKPOINT
         content = read_checkpoint(path)
         try:
-            if content["format"] != 1:
-                raise ValueError(f"format must be 1, got {content['format']}")
+            if content["format"] != 2:
+                raise ValueError(f"format must be 2, got {content['format']}")
             if content["data"] != self.data.fingerprint:
                 raise ValueError("the data set is not the one the run began with")
             for name in ("depth", "seed", "batch_size", "dtype"):
                 ours, theirs = getattr(self.config, name), content["config"][name]
                 if ours != theirs:
                     raise ValueError(f"{name} must be {ours}, as in config.json, got {theirs}")
-            if not 0 <= content["step"] <= self.config.epochs * self.data.training.steps:
-                raise ValueError(f"step must be within the run's, got {content['step']}")
             self.engine.load_state_dict(content["engine"])
-            self.losses.copy_(content["losses"])
-            self.correct.copy_(content["correct"])
-            self.step, self.seconds = int(content["step"]), float(content["seconds"])
+            self.seconds = float(content["seconds"])
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"resume: checkpoint {path} does not fit the run: {reason}") from None

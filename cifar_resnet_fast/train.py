@@ -18,7 +18,7 @@ from cifar_resnet_fast import ops
 from cifar_resnet_fast.checkpoint import read_checkpoint
 from cifar_resnet_fast.config import TrainConfig, flag_of, parse_flags, with_flag_name
 from cifar_resnet_fast.datasets import find_dataset, load_dataset
-from cifar_resnet_fast.engine import DTYPES, Engine
+from cifar_resnet_fast.engine import DTYPES, Evaluator
 from cifar_resnet_fast.loader import Loader
 from cifar_resnet_fast.resnet import FastResNet, load_checkpoint, read_weights
 from cifar_resnet_fast.run import IMAGENET_STATISTICS, Run, RunData, RunStopped, write_json
@@ -203,12 +203,20 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
     device = _device(config)
     model = FastResNet(depth, num_classes, config.implementation)
     load_checkpoint(model, config.eval)
-    size = min(config.batch_size, len(dataset.x_test))
-    loader = Loader(dataset.x_test, dataset.y_test, mean, std, batch_size=size, device=device)
-    engine = Engine(
-        model, device=device, dtype=DTYPES[_dtype(config)], momentum=0.0, weight_decay=0.0
+    dtype = DTYPES[_dtype(config)]
+    loader = Loader(
+        dataset.x_test,
+        dataset.y_test,
+        mean,
+        std,
+        batch_size=min(config.batch_size, len(dataset.x_test)),
+        device=device,
+        dtype=dtype,
+        augmented=False,
     )
-    loss, accuracy = engine.evaluate(loader.evaluation_batches())
+    evaluator = Evaluator(model, loader, device=device, dtype=dtype)
+    evaluator.start()
+    loss, accuracy = evaluator.result()
     print(
         f"ResNet-{depth} on {dataset.name}: test accuracy {100 * accuracy:.2f} %, "
         f"loss {loss:.4f}, {len(dataset.x_test)} pictures; {config.eval}"

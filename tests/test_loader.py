@@ -1,20 +1,36 @@
-"""The loader: draws that depend on (seed, epoch) alone, and batches made from them."""
+"""The loader: draws that depend on (seed, epoch) alone, batches made from them, the window."""
 
 import pytest
 import torch
 
-from cifar_resnet_fast import reference
+from cifar_resnet_fast import ops, reference
 from cifar_resnet_fast.loader import CROP_PADDING, Loader, draw_epoch
 
+STATISTICS = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 
-def make_loader(n=50, batch_size=8, dtype=torch.float32):
+
+def pictures(n):
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    statistics = torch.full((3,), 0.5), torch.full((3,), 0.25)
-    device = torch.device("cpu")
+    return torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
+
+
+def make_loader(n=50, batch_size=8, device="cpu", **settings):
     return Loader(
-        images, torch.arange(n), *statistics, batch_size=batch_size, device=device, dtype=dtype
+        pictures(n),
+        torch.arange(n),
+        *STATISTICS,
+        batch_size=batch_size,
+        device=torch.device(device),
+        **settings,
     )
+
+
+def batch_of(loader, step, seed=0):
+    loader.prepare(step, seed)
+    return loader.batch(torch.tensor(step, device=loader._images.device))
+
+
+# --- draws ---------------------------------------------------------------------------------------
 
 
 def test_draws_never_change():
@@ -24,6 +40,8 @@ def test_draws_never_change():
     assert draws.dy.tolist() == [8, 3, 8, 8, 2, 6]
     assert draws.dx.tolist() == [8, 0, 2, 3, 7, 6]
     assert draws.flip.tolist() == [False, True, False, False, False, False]
+    assert draws.cy.tolist() == [26, 3, 24, 23, 14, 4]
+    assert draws.cx.tolist() == [11, 18, 13, 13, 27, 19]
 
 
 def test_draws_are_uniform():
@@ -36,6 +54,9 @@ def test_draws_are_uniform():
     assert abs(draws.flip.sum().item() - 45_000) < 5 * 150
     joint = torch.bincount(draws.dy * 18 + draws.dx * 2 + draws.flip, minlength=162)
     assert (joint - 90_000 / 162).abs().max() < 5 * 24, "dy, dx and flip are independent"
+    centres = torch.bincount(draws.cy * 32 + draws.cx, minlength=1024)
+    assert (centres - 90_000 / 1024).abs().max() < 5 * 9.4
+    assert len(centres) == 1024
 
 
 def test_seeds_and_epochs_differ():
@@ -44,42 +65,206 @@ def test_seeds_and_epochs_differ():
     assert not torch.equal(orders[0], orders[2])
 
 
+# --- one batch: the operation --------------------------------------------------------------------
+
+
+def arguments(n=6, H=32, W=32, steps=2, batch_size=3, dtype=torch.float32, device="cpu"):
+    """Draws at every border: corners of the padded picture, flips, squares over the edge."""
+    generator = torch.Generator().manual_seed(n)
+    rows = steps * batch_size
+    table = {
+        "index": torch.randint(0, n, (rows,), generator=generator),
+        "dy": torch.tensor([0, 8, 4]).repeat(rows)[:rows],
+        "dx": torch.tensor([8, 0, 4, 1]).repeat(rows)[:rows],
+        "flip": torch.tensor([0, 1]).repeat(rows)[:rows],
+        "cy": torch.tensor([0, H - 1, H // 2]).repeat(rows)[:rows],
+        "cx": torch.tensor([W - 1, 0]).repeat(rows)[:rows],
+    }
+    table["index"][0], table["index"][-1] = n - 1, -1
+    images = torch.randint(1, 256, (n, H, W, 3), dtype=torch.uint8, generator=generator)
+    return {
+        "images": images.to(device),
+        "labels": torch.arange(10, 10 + n, device=device),
+        "values": ops.normalized_bytes(*STATISTICS, dtype).to(device),
+        "draws": torch.stack(list(table.values())).int().to(device),
+        "step": torch.tensor(1, device=device),
+        "batch_size": batch_size,
+        "padding": CROP_PADDING,
+    }
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("cutout", [0, 8, 5, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernel_has_the_references_bits(dtype, cutout, device):
+    given = arguments(dtype=dtype, device=device)
+    for step in (0, 1, 5):  # 5 is the second step of the third epoch
+        given["step"] = torch.tensor(step, device=device)
+        ours, our_labels = ops.load_batch(**given, cutout=cutout, implementation="triton")
+        images, labels = ops.load_batch(**given, cutout=cutout, implementation="reference")
+        assert torch.equal(ours, images)
+        assert torch.equal(our_labels, labels)
+        whole = ours.as_strided((3, 4, 32, 32), ours.stride(), ours.storage_offset())
+        assert not whole[:, 3].any(), "the fourth channel is zero"
+        assert whole.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("H", "W"), [(1, 1), (5, 7), (33, 31)], ids=["one-pixel", "smaller-than-padding", "ragged"]
+)
+def test_kernel_at_other_sizes(H, W, device):
+    given = arguments(H=H, W=W, device=device)
+    ours, _ = ops.load_batch(**given, cutout=2, implementation="triton")
+    images, _ = ops.load_batch(**given, cutout=2, implementation="reference")
+    assert torch.equal(ours, images)
+
+
+def test_reference_pixel_by_pixel():
+    """The specification itself, against loops."""
+    given = arguments()
+    images, labels = reference.load_batch(**given, cutout=5)
+    mean, std = (part.double() for part in STATISTICS)
+    for n in range(3):
+        index, dy, dx, flip, cy, cx = given["draws"][:, 3 + n].tolist()
+        assert labels[n] == (given["labels"][index] if index >= 0 else -1)
+        for h in range(32):
+            for w in (0, 1, 3, 4, 15, 16, 27, 28, 30, 31):
+                y, x = h + dy - 4, (31 - w if flip else w) + dx - 4
+                byte = torch.zeros(3).double()
+                if index >= 0 and 0 <= y < 32 and 0 <= x < 32:
+                    byte = given["images"][index, y, x].double()
+                right = (byte / 255 - mean) / std
+                if cy - 2 <= h < cy + 3 and cx - 2 <= w < cx + 3:
+                    right = torch.zeros(3).double()
+                torch.testing.assert_close(images[n, :, h, w].double(), right, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": torch.zeros(6, 32, 32, 3)}, TypeError, "images must be torch.uint8"),
+        ({"images": pictures(6).transpose(1, 2)}, ValueError, "images must be contiguous"),
+        ({"labels": torch.arange(5)}, ValueError, r"labels must be contiguous with shape \[6\]"),
+        ({"values": torch.zeros(255, 3)}, ValueError, r"values must .* shape \[256, 3\]"),
+        ({"draws": torch.zeros(6, 5, dtype=torch.int32)}, ValueError, "multiple of the batch"),
+        ({"step": torch.zeros(1).long()}, ValueError, r"step must be .* shape \[\]"),
+        ({"step": torch.tensor(1, device="meta")}, ValueError, "step must be on the device"),
+        ({"batch_size": 0}, ValueError, "multiple of the batch size 0"),
+        ({"cutout": -1}, ValueError, "cutout must be 0 or more"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    with pytest.raises(error, match=message):
+        ops.load_batch(**{**arguments(), **change})
+
+
+# --- the loader ----------------------------------------------------------------------------------
+
+
 def test_any_batch_can_be_made_again():
-    whole = list(make_loader().training_batches(seed=5, epoch=2))
-    assert len(whole) == 6, "the two pictures left over are dropped"
-    tail = list(make_loader().training_batches(seed=5, epoch=2, start=4))
-    for (images, labels), (again, same) in zip(whole[4:], tail, strict=True):
-        assert torch.equal(images, again)
-        assert torch.equal(labels, same)
+    whole = [batch_of(loader, step, seed=5) for loader in [make_loader()] for step in range(18)]
+    for step in (16, 3, 4, 0):  # in any order, over epochs of 6 steps
+        images, labels = batch_of(make_loader(), step, seed=5)
+        assert torch.equal(images, whole[step][0])
+        assert torch.equal(labels, whole[step][1])
+    for epoch in range(3):
+        seen = torch.cat([labels for _, labels in whole[6 * epoch : 6 * epoch + 6]])
+        assert len(seen.unique()) == 48, "the two pictures left over are dropped"
 
 
-def test_batches_are_the_references():
-    loader = make_loader()
-    draws = draw_epoch(seed=1, epoch=0, size=50)
-    for step, (images, labels) in enumerate(loader.training_batches(seed=1, epoch=0)):
-        part = slice(8 * step, 8 * step + 8)
+@pytest.mark.parametrize("cutout", [0, 8])
+def test_batches_are_the_references(cutout):
+    loader = make_loader(cutout=cutout)
+    draws = draw_epoch(seed=1, epoch=2, size=50)
+    for place in range(6):
+        images, labels = batch_of(loader, 12 + place, seed=1)
+        part = slice(8 * place, 8 * place + 8)
         assert torch.equal(labels, draws.order[part])
-        raw = loader.images[draws.order[part]]
+        raw = pictures(50)[draws.order[part]]
         crops = reference.augment(
             raw, draws.dy[part], draws.dx[part], draws.flip[part], CROP_PADDING
         )
-        assert torch.equal(
-            images, reference.normalize(crops, loader.mean, loader.std, torch.float32)
-        )
+        right = reference.normalize(crops, *STATISTICS, torch.float32)
+        inside = torch.ones(8, 1, 32, 32, dtype=torch.bool)
+        for n, (cy, cx) in enumerate(zip(draws.cy[part], draws.cx[part], strict=True)):
+            top, left = max(cy - cutout // 2, 0), max(cx - cutout // 2, 0)
+            inside[n, :, top : cy + cutout // 2, left : cx + cutout // 2] = False
+        assert torch.equal(images, right * inside)
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("augmented", [True, False])
+def test_processes_share_the_batch(processes, augmented):
+    alone = make_loader(augmented=augmented)
+    parts = [
+        make_loader(augmented=augmented, rank=rank, processes=processes)
+        for rank in range(processes)
+    ]
+    for step in (0, 5, 6, 11):
+        images, labels = batch_of(alone, step)
+        shared = [batch_of(part, step) for part in parts]
+        assert torch.equal(images, torch.cat([images for images, _ in shared]))
+        assert torch.equal(labels, torch.cat([labels for _, labels in shared]))
+
+
 def test_evaluation_sees_every_picture_once_unchanged():
-    loader = make_loader(n=50, batch_size=16)
-    batches = list(loader.evaluation_batches())
-    assert [len(labels) for _, labels in batches] == [16, 16, 16, 2]
+    loader = make_loader(n=50, batch_size=16, augmented=False)
+    assert loader.steps == 4
+    batches = [batch_of(loader, step) for step in range(4)]
     images = torch.cat([images for images, _ in batches])
-    assert torch.equal(torch.cat([labels for _, labels in batches]), torch.arange(50))
-    restored = (images * 0.25 + 0.5) * 255
-    assert torch.equal(restored.round().byte().permute(0, 2, 3, 1), loader.images)
+    labels = torch.cat([labels for _, labels in batches])
+    assert labels.tolist() == [*range(50), *[-1] * 14]
+    restored = (images[:50] * STATISTICS[1][:, None, None] + STATISTICS[0][:, None, None]) * 255
+    assert torch.equal(restored.round().byte().permute(0, 2, 3, 1), pictures(50))
+
+
+@pytest.mark.parametrize("augmented", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 25], ids=lambda size: f"batch-{size}")
+def test_window_gives_the_same_batches(batch_size, augmented):
+    """Chunks of 16 steps: 50, 25, 16 or 17, and 2 steps an epoch, so odd and even numbers."""
+    settings = {"n": 50, "batch_size": batch_size, "augmented": augmented}
+    resident, moving = make_loader(**settings), make_loader(**settings, resident=False)
+    steps = list(range(2 * resident.steps + 3))
+    for step in [*steps, 1, 2 * resident.steps + 1, *steps[:3]]:
+        images, labels = batch_of(moving, step, seed=4)
+        right, right_labels = batch_of(resident, step, seed=4)
+        assert torch.equal(images, right), step
+        assert torch.equal(labels, right_labels), step
+    assert len(moving._images) <= 2 * 16 * batch_size
+
+
+def test_window_follows_the_seed():
+    moving = make_loader(resident=False)
+    for seed in (0, 1, 0):
+        assert torch.equal(batch_of(moving, 2, seed)[0], batch_of(make_loader(), 2, seed)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "window"])
+def test_batches_on_a_gpu_are_those_of_the_cpu(resident, device):
+    """Steps launched without waiting, so a window that moves too early shows."""
+    loader = make_loader(2000, 16, device, dtype=torch.float16, resident=resident, cutout=8)
+    counter = torch.zeros((), dtype=torch.int64, device=device)
+    made = []
+    for step in range(300):
+        loader.prepare(step)
+        made.append(loader.batch(counter))
+        counter += 1
+    right = make_loader(2000, 16, dtype=torch.float16, cutout=8)
+    for step, (images, labels) in enumerate(made):
+        expected, expected_labels = batch_of(right, step)
+        assert torch.equal(images.cpu(), expected), step
+        assert torch.equal(labels.cpu(), expected_labels)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 51])
 def test_batch_size_rule(batch_size):
     with pytest.raises(ValueError, match=rf"batch_size must be in 1 .. 50.*got {batch_size}$"):
         make_loader(batch_size=batch_size)
+
+
+def test_batch_that_does_not_split():
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes"):
+        make_loader(batch_size=8, processes=3)

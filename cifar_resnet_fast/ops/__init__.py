@@ -1,7 +1,7 @@
 """Public operations (layer 1): each takes the arguments of its twin in ``reference`` and runs
 the fastest implementation that serves them, or the one that ``implementation`` names."""
 
-from cifar_resnet_fast.ops.augment import augment, normalize
+from cifar_resnet_fast.ops.augment import load_batch, normalized_bytes
 from cifar_resnet_fast.ops.choice import IMPLEMENTATIONS, OPERATIONS, choose, why_not
 from cifar_resnet_fast.ops.conv_bn_relu import conv_bn_relu
 from cifar_resnet_fast.ops.extension import BUILD_INFO, WHY_NOT_LOADED
@@ -14,10 +14,10 @@ __all__ = [
     "IMPLEMENTATIONS",
     "OPERATIONS",
     "WHY_NOT_LOADED",
-    "augment",
     "choose",
     "conv_bn_relu",
-    "normalize",
+    "load_batch",
+    "normalized_bytes",
     "sgd",
     "shortcut_a",
     "stage_border",

@@ -1,8 +1,104 @@
-"""Augmentation and normalisation of a batch of bytes (layer 1).
+"""Batches out of the bytes of a data set (layer 1).
 
-Twins: ``reference.augment`` and ``reference.normalize``, which are all there is so far.
+Twins: ``reference.load_batch`` and ``reference.normalize``.
 """
 
-from cifar_resnet_fast.reference import augment, normalize
+import torch
+from torch import Tensor
 
-__all__ = ["augment", "normalize"]
+from cifar_resnet_fast import reference
+from cifar_resnet_fast.ops.checks import FLOATING
+from cifar_resnet_fast.ops.choice import choose
+
+
+def normalized_bytes(mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each byte becomes in each channel: the ``values`` of ``load_batch``.
+
+    Args:
+        mean, std: [3] float32, in units of the full scale 1.0
+        dtype: of the result
+
+    Returns:
+        [256, 3]
+    """
+    every = torch.arange(256, dtype=torch.uint8, device=mean.device).reshape(256, 1, 1, 1)
+    return reference.normalize(every.expand(256, 1, 1, 3), mean, std, dtype)[:, :, 0, 0]
+
+
+def load_batch(
+    images: Tensor,
+    labels: Tensor,
+    values: Tensor,
+    draws: Tensor,
+    step: Tensor,
+    *,
+    batch_size: int,
+    padding: int,
+    cutout: int = 0,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The augmented, normalised batch of a step; see ``reference.load_batch``.
+
+    Every implementation gives the same bits. ``triton`` writes pixels of 4 channels, the fourth
+    zero: its pictures are a view, channels-last with strides (4HW, 1, 4W, 4), which any
+    convolution takes and one that knows of it can load 8 bytes at a time.
+
+    Nothing is read back to the host, so a CUDA graph can capture it.
+
+    Args:
+        images: [N, H, W, 3] uint8, contiguous, with H * W <= 4096
+        labels: [N] int64
+        values: [256, 3], contiguous, floating. from ``normalized_bytes``
+        draws: [6, R] int32, contiguous, R a multiple of batch_size and below 2**31
+        step: [] int64
+        batch_size: at least 1
+        padding, cutout: at least 0
+        implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
+
+    Returns:
+        images: [B, 3, H, W], channels-last, of the dtype of ``values``
+        labels: [B] int64
+
+    Raises:
+        TypeError: a tensor is of another dtype
+        ValueError: a shape, a device or a number breaks its rule
+        RuntimeError: the named implementation cannot run here
+    """
+    for name, tensor, axes, dtypes in (
+        ("images", images, (None, None, None, 3), (torch.uint8,)),
+        ("labels", labels, (images.shape[0],), (torch.int64,)),
+        ("values", values, (256, 3), FLOATING),
+        ("draws", draws, (6, None), (torch.int32,)),
+        ("step", step, (), (torch.int64,)),
+    ):
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+        fits = tensor.dim() == len(axes) and all(
+            size == axis or axis is None for size, axis in zip(tensor.shape, axes, strict=True)
+        )
+        if not fits or not tensor.is_contiguous():
+            rule = ", ".join("any" if axis is None else str(axis) for axis in axes)
+            raise ValueError(
+                f"{name} must be contiguous with shape [{rule}], got shape "
+                f"{tuple(tensor.shape)} and strides {tensor.stride()}"
+            )
+        if tensor.device != images.device:
+            raise ValueError(
+                f"{name} must be on the device of images, {images.device}, got {tensor.device}"
+            )
+    H, W, R = images.shape[1], images.shape[2], draws.shape[1]
+    if not 0 < H * W <= 4096:
+        raise ValueError(f"images must have 1 .. 4096 pixels each, got {H} x {W}")
+    if batch_size < 1 or R == 0 or R % batch_size or R >= 2**31:
+        raise ValueError(
+            f"draws must have a multiple of the batch size {batch_size} of rows, below 2**31, "
+            f"got {R}"
+        )
+    for name, number in (("padding", padding), ("cutout", cutout)):
+        if number < 0:
+            raise ValueError(f"{name} must be 0 or more, got {number}")
+    run = reference.load_batch
+    if choose(implementation, images.device, "load_batch") == "triton":
+        from cifar_resnet_fast.kernels.augment import load_batch as run
+    sizes = {"batch_size": batch_size, "padding": padding, "cutout": cutout}
+    return run(images, labels, values, draws, step, **sizes)

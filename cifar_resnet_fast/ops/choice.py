@@ -21,6 +21,7 @@ OPERATIONS = {  # and their implementations, fastest first
     "conv_bn_relu": ("triton", "reference"),
     "shortcut_a": ("cuda", "triton", "reference"),
     "stage_border": ("cuda", "reference"),
+    "load_batch": ("triton", "reference"),
     "sgd": ("triton", "reference"),
 }
 HAS_TRITON = importlib.util.find_spec("triton") is not None

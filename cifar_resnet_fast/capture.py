@@ -1,0 +1,80 @@
+"""Device work that is recorded once and then repeated with one launch (layer 2)."""
+
+from collections.abc import Callable
+
+import torch
+
+
+class CudaGraphs:
+    """Captures functions as CUDA graphs, which share their memory: replay one at a time.
+
+    A captured function must read its inputs from tensors that stay where they are, write its
+    results into such, and ask nothing of the device: no ``item``, no shape that depends on values.
+    """
+
+    def __init__(self):
+        self._pool = None
+
+    def __call__(
+        self, function: Callable[[], None], warm_up: Callable[[], None], times: int = 3
+    ) -> Callable[[], None]:
+        """Run ``warm_up``, then capture ``function`` without running it.
+
+        Args:
+            function: device work
+            warm_up: the same work, for libraries and compilers to set themselves up outside of
+                the capture; changes what ``function`` changes
+            times: how often it runs
+
+        Returns:
+            what repeats ``function``
+
+        Raises:
+            torch.OutOfMemoryError: the work does not fit into the device's memory
+            RuntimeError: ``function`` does what a CUDA graph cannot hold
+        """
+        # as CUDA graphs need it, on another stream than the default one
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(times):
+                warm_up()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads, such as NCCL's, may go on calling CUDA
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            function()
+        self._pool = graph.pool()
+        return graph.replay
+
+
+class Readback:
+    """The values of a device tensor on the host, without waiting for the device.
+
+    Args:
+        source: a tensor that steps write to
+    """
+
+    def __init__(self, source: torch.Tensor):
+        self._source = source
+        self._values = torch.empty_like(source, device="cpu")
+        self._event = None
+        if source.device.type == "cuda":
+            self._values = self._values.pin_memory()
+            self._event = torch.cuda.Event()
+
+    def ask(self) -> None:
+        """Have the values of now copied, after all device work launched so far."""
+        self._values.copy_(self._source, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def arrived(self) -> bool:
+        """Whether what was asked for last is here."""
+        return self._event is None or self._event.query()
+
+    def values(self) -> torch.Tensor:
+        """What was asked for last, waited for; overwritten by the next ``ask``."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values

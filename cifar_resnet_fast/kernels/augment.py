@@ -1,0 +1,116 @@
+"""A batch out of the bytes of a data set, in one Triton kernel: gather, crop, flip, normalise, cut
+out (layer 0).
+
+Twin: ``reference.load_batch``, which says what the draws are.
+
+Normalising is a look-up: a byte has 256 values, and the table of what each becomes was made by
+the reference, so the result has its bits whatever a compiler does to arithmetic. A pixel is
+written as 4 channels, the fourth zero, so that it is one store of 8 bytes and the first
+convolution may load it as one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cifar_resnet_fast.kernels import launch
+
+CHANNELS = 4  # of a written pixel
+
+
+@triton.jit
+def _load_batch_kernel(
+    images_ptr,
+    labels_ptr,
+    values_ptr,
+    draws_ptr,
+    step_ptr,
+    batch_ptr,
+    batch_labels_ptr,
+    steps,
+    rows,
+    H,
+    W,
+    padding,
+    cutout,
+    CUTOUT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """batch[n, h, w, c] = values[images[index, h + dy - padding, w' + dx - padding, c], c];
+    program n owns picture n of the batch and its label."""
+    n = tl.program_id(0)
+    row = (tl.load(step_ptr) % steps).to(tl.int32) * tl.num_programs(0) + n
+    index = tl.load(draws_ptr + row).to(tl.int64)
+    dy = tl.load(draws_ptr + rows + row)
+    dx = tl.load(draws_ptr + 2 * rows + row)
+    flip = tl.load(draws_ptr + 3 * rows + row)
+    present = index >= 0
+    label = tl.load(labels_ptr + index, mask=present, other=-1)
+    tl.store(batch_labels_ptr + n, label)
+
+    offs_p = tl.arange(0, BLOCK_P)
+    offs_c = tl.arange(0, 4)
+    h = offs_p // W
+    w = offs_p % W
+    from_h = h + dy - padding
+    from_w = tl.where(flip != 0, W - 1 - w, w) + dx - padding
+    inside_p = present & (h < H) & (from_h >= 0) & (from_h < H) & (from_w >= 0) & (from_w < W)
+    inside_pc = inside_p[:, None] & (offs_c < 3)[None, :]
+    offs_pc = (from_h * W + from_w)[:, None] * 3 + offs_c[None, :]
+    byte = tl.load(images_ptr + index * (H * W * 3) + offs_pc, mask=inside_pc, other=0)
+    # outside the picture is black, byte 0, not zero; only the fourth channel and a cut are
+    filled_pc = (offs_p >= 0)[:, None] & (offs_c < 3)[None, :]
+    if CUTOUT:
+        top = tl.load(draws_ptr + 4 * rows + row) - cutout // 2
+        left = tl.load(draws_ptr + 5 * rows + row) - cutout // 2
+        cut_p = (h >= top) & (h < top + cutout) & (w >= left) & (w < left + cutout)
+        filled_pc = filled_pc & (cut_p == 0)[:, None]
+    offs_value = byte.to(tl.int32) * 3 + offs_c[None, :]
+    value = tl.load(values_ptr + offs_value, mask=filled_pc, other=0.0)
+    out = batch_ptr + n.to(tl.int64) * (H * W * 4) + offs_p[:, None] * 4 + offs_c[None, :]
+    tl.store(out, value, mask=(h < H)[:, None])
+
+
+def load_batch(
+    images: Tensor,
+    labels: Tensor,
+    values: Tensor,
+    draws: Tensor,
+    step: Tensor,
+    *,
+    batch_size: int,
+    padding: int,
+    cutout: int,
+) -> tuple[Tensor, Tensor]:
+    """See ``reference.load_batch``; the pictures are the first 3 channels of 4."""
+    _, H, W, _ = images.shape
+    rows = draws.shape[1]
+    batch = torch.empty(
+        (batch_size, CHANNELS, H, W),
+        dtype=values.dtype,
+        device=images.device,
+        memory_format=torch.channels_last,
+    )
+    batch_labels = torch.empty(batch_size, dtype=torch.int64, device=images.device)
+    launch.launch(
+        _load_batch_kernel,
+        (batch_size,),
+        images_ptr=images,
+        labels_ptr=labels,
+        values_ptr=values,
+        draws_ptr=draws,
+        step_ptr=step,
+        batch_ptr=batch,
+        batch_labels_ptr=batch_labels,
+        steps=rows // batch_size,
+        rows=rows,
+        H=H,
+        W=W,
+        padding=padding,
+        cutout=cutout,
+        CUTOUT=cutout > 0,
+        BLOCK_P=triton.next_power_of_2(H * W),
+        num_warps=4,
+    )
+    return batch[:, :3], batch_labels

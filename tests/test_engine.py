@@ -1,0 +1,301 @@
+"""The engine: a captured step is the eager one, and capturing leaves no trace."""
+
+import pytest
+import torch
+from rehearsal import Rehearsal
+
+from cifar_resnet_fast import FastResNet
+from cifar_resnet_fast.capture import CudaGraphs, Readback
+from cifar_resnet_fast.engine import Engine
+from cifar_resnet_fast.loader import Loader
+
+STEPS, EPOCHS = 3, 2  # 3 batches of 4 an epoch, one picture left over
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_engine(device="cpu", dtype=torch.float32, loader=None, **settings):
+    torch.manual_seed(0)
+    device = torch.device(device)
+    images = torch.randint(0, 256, (13, 32, 32, 3), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (13,))
+    statistics = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    loading = {"batch_size": 4, "device": device, "dtype": dtype, **(loader or {})}
+    return Engine(
+        FastResNet(8),
+        Loader(images, labels, *statistics, **loading),
+        Loader(images, labels, *statistics, **loading, augmented=False),
+        device=device,
+        dtype=dtype,
+        schedule=0.1 / (1 + torch.arange(STEPS * EPOCHS)),
+        seed=7,
+        **{"momentum": 0.9, "weight_decay": 1e-4, **settings},
+    )
+
+
+def tensors(value, name=""):
+    if isinstance(value, torch.Tensor):
+        return {name: value.clone()}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    found = {}
+    for key, item in pairs:
+        if isinstance(item, (torch.Tensor, dict, list, tuple)):
+            found |= tensors(item, f"{name}.{key}")
+    return found
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+VARIANTS = {
+    "plain": {},
+    "everything": {
+        "nesterov": True,
+        "decay_vectors": False,
+        "label_smoothing": 0.1,
+        "loss_scale": 128.0,
+        "ema": 0.9,
+        "loader": {"cutout": 8},
+    },
+    "bf16": {"dtype": torch.bfloat16},
+    "window": {"loader": {"resident": False}},
+}
+
+
+def train(engine, steps=STEPS * EPOCHS):
+    """The state after each step, and what the evaluations gave."""
+    scores, states = [], []
+    while engine.done < steps:
+        engine.train_step()
+        states.append(tensors(engine.state_dict()))
+        if engine.done % STEPS == 0:
+            scores.append(engine.evaluate())
+    return states, scores
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_replayed_steps_are_the_eager_ones(variant, monkeypatch):
+    eager, captured = make_engine(**VARIANTS[variant]), make_engine(**VARIANTS[variant])
+    rehearsal = Rehearsal()
+    assert captured.capture(rehearsal) is None
+    assert rehearsal.operations > 100
+    states, scores = train(eager)
+
+    def unreachable(*_, **__):
+        raise AssertionError("a replay runs no Python of the step")
+
+    monkeypatch.setattr(Engine, "_run", unreachable)
+    monkeypatch.setattr(FastResNet, "forward", unreachable)
+    monkeypatch.setattr(Loader, "batch", unreachable)
+    replayed, replayed_scores = train(captured)
+    for ours, theirs in zip(replayed, states, strict=True):
+        assert_same(ours, theirs)
+    assert replayed_scores == scores
+    assert rehearsal.replays == EPOCHS * (STEPS + 4), "13 pictures are evaluated in 4 batches"
+
+
+@pytest.mark.parametrize("at", [0, 4], ids=["new", "resumed"])
+@pytest.mark.parametrize("variant", ["plain", "everything"])
+def test_capturing_leaves_no_trace(variant, at):
+    engine = make_engine(**VARIANTS[variant])
+    train(engine, at)
+    before, score = tensors(engine.state_dict()), engine.evaluate()
+    assert engine.capture(Rehearsal()) is None
+    assert_same(tensors(engine.state_dict()), before)
+    assert engine.evaluate() == score
+    assert engine.done == at
+
+
+def test_warm_up_sees_no_label():
+    engine = make_engine()
+    # any use as a class is an error
+    engine._training._labels = torch.full_like(engine._training._labels, 10**6)
+
+    def only_warms_up(function, warm_up, times=3):
+        warm_up()
+        return function
+
+    assert engine.capture(only_warms_up) is None
+    with pytest.raises(IndexError, match="out of bounds"):
+        engine.train_step()
+
+
+class AsksTheDevice(FastResNet):
+    def forward(self, x):
+        return super().forward(x * 1 if x.sum() > 0 else x)
+
+
+def test_capture_that_fails_leaves_eager_steps(monkeypatch):
+    usual, _ = train(make_engine())
+    engine = make_engine()
+    engine.model.__class__ = AsksTheDevice
+    reason = engine.capture(Rehearsal())
+    assert reason.startswith("operation not permitted when stream is capturing: aten._local_scal")
+    assert "\n" not in reason
+    states, _ = train(engine)
+    for ours, theirs in zip(states, usual, strict=True):
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.unique(),
+        lambda x: torch.equal(x, x),
+        lambda x: x + torch.tensor([1.0, 2.0, 3.0]),
+        lambda x: x[torch.tensor(1)],
+    ],
+    ids=["item", "nonzero", "mask", "unique", "equal", "host-tensor", "index-by-value"],
+)
+def test_the_rehearsal_refuses_what_a_graph_would(refused):
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        Rehearsal()(lambda: refused(x), lambda: None)
+
+
+def test_the_rehearsal_repeats_no_python():
+    """What Python counts stays as it was when captured; what the device counts goes on."""
+    counter, out, calls = torch.zeros(1), torch.zeros(2), []
+
+    def function():
+        calls.append(None)
+        counter.add_(1)
+        out[:1].fill_(len(calls))
+        out[1:].copy_(counter * 2)
+
+    replay = Rehearsal()(function, function, times=1)
+    replay()
+    replay()
+    assert len(calls) == 2
+    assert out.tolist() == [2, 2 * 4]
+
+
+def test_out_of_memory_is_no_reason_to_go_on():
+    engine = make_engine()
+    before = tensors(engine.state_dict())
+
+    def full(function, warm_up, times=3):
+        warm_up()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.capture(full)
+    assert_same(tensors(engine.state_dict()), before)
+
+
+def test_metrics_are_those_of_the_steps():
+    engine = make_engine(ema=0.5)
+    for step in range(STEPS * EPOCHS):
+        engine._training.prepare(step, 7)
+        images, labels = engine._training.batch(torch.tensor(step))
+        with torch.no_grad():
+            logits = engine.model.train()(
+                images
+            )  # moves the running statistics, which no loss has
+        engine.train_step()
+        engine.ask_metrics()
+        assert engine.metrics_arrived()
+        loss, hits, skipped = engine.read_metrics()[:, step % STEPS].tolist()
+        assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
+        assert hits == (logits.argmax(1) == labels).sum()
+        assert skipped == 0
+        assert engine.optimizer.lr == engine._schedule[step]
+
+
+def test_evaluation_is_the_models():
+    engine = make_engine()
+    train(engine, 2)
+    loader = engine._evaluator._loader
+    for _ in range(2):
+        loss, accuracy = engine.evaluate()
+        model = engine.model.eval()
+        batches = [loader.batch(torch.tensor(step)) for step in range(4)]
+        images = torch.cat([images for images, _ in batches])[:13]
+        labels = torch.cat([labels for _, labels in batches])[:13]
+        with torch.no_grad():
+            logits = model(images)
+        right = torch.nn.functional.cross_entropy(logits, labels).item()
+        assert loss == pytest.approx(right, rel=1e-6)
+        assert accuracy == (logits.argmax(1) == labels).sum().item() / 13
+
+
+def test_modules_stay_on_the_flat_buffers():
+    engine = make_engine(ema=0.9)
+    for model, flats in (
+        (engine.model, engine._flats),
+        (engine.evaluated_model, engine._averaged.flats),
+    ):
+        homes = {flat.untyped_storage().data_ptr() for flat in flats}
+        assert len(homes) == 3, "parameters, statistics, counters"
+        for tensor in (*model.parameters(), *model.buffers()):
+            assert tensor.untyped_storage().data_ptr() in homes
+
+
+def test_readback_keeps_what_was_asked_for():
+    source = torch.zeros(3)
+    readback = Readback(source)
+    readback.ask()
+    source.fill_(1)
+    assert readback.arrived()
+    assert not readback.values().any()
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def same_bits():
+    """Without it cuDNN may choose kernels whose sums differ from run to run."""
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = False
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("same_bits")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cuda_graph_steps_are_the_eager_ones(variant, device):
+    eager = make_engine(device, **VARIANTS[variant])
+    captured = make_engine(device, **VARIANTS[variant])
+    before = tensors(captured.state_dict())
+    assert captured.capture(CudaGraphs()) is None
+    assert_same(tensors(captured.state_dict()), before)
+    states, scores = train(eager)
+    replayed, replayed_scores = train(captured)
+    for ours, theirs in zip(replayed, states, strict=True):
+        assert_same(ours, theirs)
+    assert replayed_scores == scores
+
+
+@pytest.mark.gpu
+def test_cuda_graph_refuses_and_the_steps_go_on(device):
+    engine = make_engine(device)
+    engine.model.__class__ = AsksTheDevice
+    assert engine.capture(CudaGraphs()) is not None
+    states, _ = train(engine)
+    assert all(state[".metrics"].isfinite().all() for state in states)
+
+
+@pytest.mark.gpu
+def test_a_step_is_one_launch(device):
+    """Between two readings the host does nothing but launch the graph."""
+    engine = make_engine(device)
+    assert engine.capture(CudaGraphs()) is None
+    engine.train_step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine.train_step()
+    calls = [event.name for event in profile.events() if event.name.startswith("cuda")]
+    assert calls == ["cudaGraphLaunch"]
