@@ -44,7 +44,13 @@ class TrainConfig:
     limit: int | None = _flag(None, "use only the first so many pictures of each split")
 
     epochs: int = _flag(160, "passes over the training pictures")
-    batch_size: int = _flag(1024, "pictures a step; what is left over in an epoch is dropped")
+    batch_size: int = _flag(
+        1024,
+        "pictures a step, of all processes together; what is left over in an epoch is dropped",
+    )
+    batch_size_per_process: int | None = _flag(
+        None, "pictures a step and process, in place of --batch-size"
+    )
     lr: float = _flag(1.2, "peak learning rate")
     momentum: float = _flag(0.9, "of SGD")
     nesterov: bool = _flag(False, "Nesterov's momentum in place of the plain one")
@@ -70,6 +76,11 @@ class TrainConfig:
         "the backward pass runs on the loss times this (default: 1024 in fp16, else 1); a step "
         "whose gradients overflow is skipped and counted",
     )
+    sync_bn: bool = _flag(
+        False,
+        "batch normalisation over all processes, in plain PyTorch (without: over each one's)",
+    )
+    timeout: float = _flag(300.0, "seconds to wait for a process that does not answer")
     device: str = _flag("auto", "auto is the GPU where there is one", ("auto", "cpu", "cuda"))
     implementation: str = _flag(
         "auto", "of the layers; auto is the fastest that can run", ("auto", *ops.IMPLEMENTATIONS)
@@ -82,11 +93,23 @@ class TrainConfig:
 
     def __post_init__(self):
         check_depth(self.depth)
-        for name, minimum in (("epochs", 1), ("batch_size", 1), ("runs", 1), ("limit", 1)):
+        for name, minimum in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("runs", 1),
+            ("limit", 1),
+            ("batch_size_per_process", 1),
+        ):
             self._check(name, lambda v, low=minimum: v is None or v >= low, f"at least {minimum}")
         for name in ("validation", "warmup_epochs", "weight_decay", "cutout"):
             self._check(name, lambda v: v >= 0 and math.isfinite(v), "0 or more")
-        self._check("lr", lambda v: v > 0 and math.isfinite(v), "more than 0")
+        for name in ("lr", "timeout"):
+            self._check(name, lambda v: v > 0 and math.isfinite(v), "more than 0")
+        self._check(
+            "sync_bn",
+            lambda v: not v or self.implementation in ("auto", "reference"),
+            f"off with implementation {self.implementation}",
+        )
         self._check(
             "loss_scale", lambda v: v is None or (v > 0 and math.isfinite(v)), "more than 0"
         )

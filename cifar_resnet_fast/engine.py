@@ -12,6 +12,7 @@ from torch import Tensor
 from cifar_resnet_fast.capture import CudaGraphs, Readback
 from cifar_resnet_fast.loader import Loader
 from cifar_resnet_fast.optimizer import AveragedWeights, FlatSGD, flatten_buffers
+from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,14 +23,22 @@ class Evaluator:
 
     Args:
         model: moved to ``device``
-        loader: not augmented, on ``device``
+        loader: not augmented, on ``device``, this process's part
         device: where it runs
         dtype: of the activations
+        processes: that share the pictures
     """
 
     def __init__(
-        self, model: FastResNet, loader: Loader, *, device: torch.device, dtype: torch.dtype
+        self,
+        model: FastResNet,
+        loader: Loader,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        processes: Processes,
     ):
+        self._processes = processes
         self.model = model.to(device, memory_format=torch.channels_last)
         self._loader = loader
         self._device, self._dtype = device, dtype
@@ -49,6 +58,7 @@ class Evaluator:
 
     def result(self) -> tuple[float, float]:
         """Mean cross entropy and accuracy (0 .. 1) over all pictures."""
+        self._processes.all_reduce(self._sums)
         loss, hits = self._sums.tolist()
         return loss / self._loader.size, hits / self._loader.size
 
@@ -84,6 +94,10 @@ class Engine:
         loss_scale: the backward pass runs on the loss times this, which keeps small gradients
             from vanishing in float16
         ema: decay a step of the averaged weights, which evaluation then uses; 0 for none
+        processes: that train together, each on its part of every batch. The gradients of all are
+            summed, so weights and metrics stay the same everywhere. The statistics of a batch
+            normalisation are those of each process's part, unless the model has SyncBatchNorm;
+            evaluation and checkpoints then take the running ones of the first process.
 
     Attributes:
         done: steps taken since the start of the run
@@ -109,6 +123,7 @@ class Engine:
         label_smoothing: float = 0.0,
         loss_scale: float = 1.0,
         ema: float = 0.0,
+        processes: Processes,
     ):
         self.model = model.to(device, memory_format=torch.channels_last)
         self._training = training
@@ -121,10 +136,15 @@ class Engine:
             nesterov=nesterov,
             decay_vectors=decay_vectors,
             loss_scale=loss_scale,
+            passengers=2,
         )
-        self._flats = [self.optimizer.parameters, *flatten_buffers(model)]
+        self._processes = processes
+        self._buffers = flatten_buffers(model)
+        self._flats = [self.optimizer.parameters, *self._buffers]
         self._averaged = AveragedWeights(model, self._flats, ema) if ema else None
-        self._evaluator = Evaluator(self.evaluated_model, testing, device=device, dtype=dtype)
+        self._evaluator = Evaluator(
+            self.evaluated_model, testing, device=device, dtype=dtype, processes=processes
+        )
         self._schedule = schedule.to(device)
         self.done = 0
         self._step = torch.zeros((), dtype=torch.int64, device=device)  # the same, on the device
@@ -181,6 +201,9 @@ class Engine:
 
     def evaluate(self) -> tuple[float, float]:
         """Mean cross entropy and accuracy (0 .. 1) over all pictures of the testing loader."""
+        averaged = [] if self._averaged is None else self._averaged.flats[1:]
+        for flat in (*self._buffers, *averaged):
+            self._processes.spread(flat)
         self._evaluator.start()
         if self.done < len(self._schedule):
             # the next epoch is drawn while the device evaluates
@@ -231,14 +254,18 @@ class Engine:
         with _autocast(self._device, self._dtype):
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
-        hits = (logits.argmax(1) == labels).sum()
+        # the mean over the whole batch is the sum of the parts' shares of it
+        loss = loss / self._processes.count
         optimizer.differentiate(loss)
+        hits = (logits.argmax(1) == labels).sum()
+        optimizer.passengers.copy_(torch.stack((loss.detach(), hits)))
+        self._processes.all_reduce(optimizer.exchanged)
         here = self._step.reshape(1)
         optimizer.lr.copy_(self._schedule.index_select(0, here)[0])
         optimizer.step()
         if self._averaged is not None:
             self._averaged.update(first=self._step == 0)
-        column = torch.stack((loss.detach(), hits, optimizer.skipped))
+        column = torch.cat((optimizer.passengers, optimizer.skipped.reshape(1)))
         self.metrics.index_copy_(1, here % self.metrics.shape[1], column[:, None])
         if not dummy:
             self._step += 1

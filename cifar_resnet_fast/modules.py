@@ -13,15 +13,33 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 def apply_unit(
     x: Tensor,
     conv: nn.Conv2d,
-    bn: nn.BatchNorm2d,
+    bn: nn.BatchNorm2d | nn.SyncBatchNorm,
     *,
     shortcut: Tensor | None = None,
     relu: bool = True,
     implementation: str,
 ) -> Tensor:
-    """``ops.conv_bn_relu`` with the parameters and buffers that ``conv`` and ``bn`` hold."""
+    """``ops.conv_bn_relu`` with the parameters and buffers that ``conv`` and ``bn`` hold.
+
+    Where ``bn`` is a torch.nn.SyncBatchNorm, as its ``convert_sync_batchnorm`` makes them, it
+    trains with the statistics of all processes, in plain PyTorch whatever ``implementation`` is.
+    """
     if bn.training:
         bn.num_batches_tracked.add_(1)
+        if isinstance(bn, nn.SyncBatchNorm):
+            return ops.conv_sync_bn_relu(
+                x,
+                conv.weight,
+                bn.weight,
+                bn.bias,
+                bn.running_mean,
+                bn.running_var,
+                stride=conv.stride[0],
+                shortcut=shortcut,
+                relu=relu,
+                momentum=bn.momentum,
+                eps=bn.eps,
+            )
     return ops.conv_bn_relu(
         x,
         conv.weight,

@@ -57,6 +57,7 @@ class FlatSGD:
         weight_decay: of all parameters
         decay_vectors: False leaves those of one axis, normalisations and biases, without decay
         loss_scale: the loss was multiplied by it before the backward pass
+        passengers: numbers that travel with the gradients from process to process
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
     Attributes:
@@ -65,6 +66,8 @@ class FlatSGD:
         skipped: [] int32, on the device. steps left out so far
         parameters, momenta: [P] float32
         gradients: [P] float32. zero in the gaps between parameters, and must stay so
+        passengers: [passengers] float32
+        exchanged: float32. gradients and passengers in one, for a sum over the processes
 
     Source: He et al. 2015, section 4.2; Goyal et al. 2017, section 5.3 (decay of vectors).
     """
@@ -78,6 +81,7 @@ class FlatSGD:
         nesterov: bool = False,
         decay_vectors: bool = True,
         loss_scale: float = 1.0,
+        passengers: int = 0,
         implementation: str = "auto",
     ):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -91,7 +95,9 @@ class FlatSGD:
 
         self.parameters = flatten(self._members)
         self._decayed = rest[0].storage_offset() if rest else self.parameters.numel()
-        self.gradients = torch.zeros_like(self.parameters)
+        P = self.parameters.numel()
+        self.exchanged = self.parameters.new_zeros(P + passengers)
+        self.gradients, self.passengers = self.exchanged[:P], self.exchanged[P:]
         self.momenta = torch.zeros_like(self.parameters)
         self._gradient_views = _views(self.gradients, self._members)
         self._momentum_views = _views(self.momenta, self._members)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from cifar_resnet_fast.capture import CudaGraphs
 from cifar_resnet_fast.checkpoint import read_checkpoint, save_checkpoint, write_atomically
@@ -20,11 +21,13 @@ from cifar_resnet_fast.config import TrainConfig, flag_of
 from cifar_resnet_fast.datasets import Dataset
 from cifar_resnet_fast.engine import DTYPES, Engine
 from cifar_resnet_fast.loader import Loader
-from cifar_resnet_fast.logbook import Logbook
+from cifar_resnet_fast.logbook import Logbook, read_metrics
 from cifar_resnet_fast.optimizer import learning_rate
+from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 
 _SHOW_EVERY_SECONDS = 0.2  # reading the loss back waits for the GPU
+_AGREE_EVERY_STEPS = 8
 _CHECKPOINT = "checkpoint.pt"
 IMAGENET_STATISTICS = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
 
@@ -34,14 +37,13 @@ class RunStopped(Exception):
 
 
 class RunData:
-    """The two splits as loaders on the device, and what a checkpoint says about them.
+    """The two splits as loaders on this process's device, and what a checkpoint says about them.
 
     Raises:
         ValueError: the batch size or the validation split does not fit the data
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device):
-        self.device = device
+    def __init__(self, config: TrainConfig, dataset: Dataset, processes: Processes):
         if config.validation:
             dataset = dataset.with_validation(config.validation)
         self.name = dataset.name
@@ -49,8 +51,12 @@ class RunData:
         self.evaluated = "validation" if config.validation else "test"
         own = dataset.channel_statistics()
         self.mean, self.std = own if config.normalization == "dataset" else IMAGENET_STATISTICS
-        settings = {"mean": self.mean, "std": self.std, "device": device}
-        settings["dtype"] = DTYPES[config.dtype]
+        settings = {"mean": self.mean, "std": self.std, "dtype": DTYPES[config.dtype]}
+        settings |= {
+            "device": processes.device,
+            "rank": processes.rank,
+            "processes": processes.count,
+        }
         self.training = Loader(
             dataset.x_train,
             dataset.y_train,
@@ -61,7 +67,7 @@ class RunData:
         self.testing = Loader(
             dataset.x_test,
             dataset.y_test,
-            batch_size=min(config.batch_size, len(dataset.x_test)),
+            batch_size=_divided(min(config.batch_size, len(dataset.x_test)), processes.count),
             augmented=False,
             **settings,
         )
@@ -74,23 +80,34 @@ class RunData:
         }
 
 
+def _divided(batch_size: int, processes: int) -> int:
+    """The largest batch size that splits, up to the one given."""
+    return max(batch_size // processes, 1) * processes
+
+
 class Run:
     """One training in its folder: begun, or taken up from the folder's checkpoint.
+
+    Every process has one; the first one's shows, logs and writes.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another run or other data
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, data: RunData):
+    def __init__(self, config: TrainConfig, folder: Path, data: RunData, processes: Processes):
         self.config, self.folder, self.data = config, folder, data
+        self.processes = processes
         torch.manual_seed(config.seed)
+        model = FastResNet(config.depth, data.num_classes, config.implementation)
+        if config.sync_bn and processes.count > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.engine = Engine(
-            FastResNet(config.depth, data.num_classes, config.implementation),
+            model,
             data.training,
             data.testing,
             schedule=self._schedule(),
             seed=config.seed,
-            device=data.device,
+            device=processes.device,
             dtype=DTYPES[config.dtype],
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -99,11 +116,13 @@ class Run:
             label_smoothing=config.label_smoothing,
             loss_scale=config.loss_scale,
             ema=config.ema,
+            processes=processes,
         )
         self.seconds = 0.0
+        processes.any(False)  # what the first one did in the folder before is done
         if (folder / _CHECKPOINT).exists():
             self._load()
-        elif not (folder / "config.json").exists():
+        elif processes.rank == 0 and not (folder / "config.json").exists():
             folder.mkdir(exist_ok=True)
             write_json(folder / "config.json", config.to_dict())
 
@@ -121,24 +140,16 @@ class Run:
             OSError: a file cannot be written
         """
         config, steps = self.config, self.data.training.steps
-        logbook = Logbook(
-            self.folder,
-            epochs=config.epochs,
-            steps_per_epoch=steps,
-            start_step=self.step,
-            evaluated=self.data.evaluated,
-            title=f"ResNet-{config.depth} on {self.data.name}, seed {config.seed}",
-            tensorboard=config.tensorboard,
-        )
+        logbook = self._logbook()
         with _StopRequest() as stop, logbook:
-            if self.data.device.type == "cuda":
+            if self.processes.device.type == "cuda":
                 reason = self.engine.capture(CudaGraphs())
                 if reason is not None:
                     logbook.say(f"steps run without a CUDA graph, slower: {reason}")
             for epoch in range(self.step // steps, config.epochs):
                 speed = self._train_epoch(epoch, logbook, stop)
                 self._finish_epoch(epoch, speed, logbook)
-                if stop.wished and epoch + 1 < config.epochs:
+                if self.processes.any(stop.wished) and epoch + 1 < config.epochs:
                     raise self._stopped()
             accuracy = logbook.rows[-1]["test_accuracy"]
             logbook.say(
@@ -147,6 +158,19 @@ class Run:
                 f"epochs, {self.seconds:.0f} s; in {self.folder}"
             )
         return accuracy
+
+    def _logbook(self) -> "Logbook | _Silence":
+        if self.processes.rank:
+            return _Silence(read_metrics(self.folder))
+        return Logbook(
+            self.folder,
+            epochs=self.config.epochs,
+            steps_per_epoch=self.data.training.steps,
+            start_step=self.step,
+            evaluated=self.data.evaluated,
+            title=f"ResNet-{self.config.depth} on {self.data.name}, seed {self.config.seed}",
+            tensorboard=self.config.tensorboard,
+        )
 
     def _train_epoch(self, epoch: int, logbook: Logbook, stop: "_StopRequest") -> float:
         """The steps of an epoch that are still to do; returns images per second."""
@@ -164,7 +188,7 @@ class Run:
             if asked is not None and engine.metrics_arrived():
                 self._show(asked, (asked - first) / (now - began), epoch, logbook)
                 asked, shown = None, now
-            if stop.wished and not last:
+            if not last and self._agreed(stop.wished):
                 self.seconds += time.monotonic() - began
                 self._save()
                 raise self._stopped()
@@ -174,6 +198,13 @@ class Run:
         self._show(self.step, (self.step - first) / elapsed, epoch, logbook)
         self.seconds += elapsed
         return (self.step - first) * training.batch_size / elapsed
+
+    def _agreed(self, wish: bool) -> bool:
+        """Whether to stop after this step. All processes decide the same, and not at each step,
+        because for that they wait for each other."""
+        if self.processes.count == 1:
+            return wish
+        return self.step % _AGREE_EVERY_STEPS == 0 and self.processes.any(wish)
 
     def _show(self, step: int, steps_per_second: float, epoch: int, logbook: Logbook) -> None:
         """Move the bar to ``step``, whose metrics have arrived."""
@@ -263,6 +294,8 @@ class Run:
 
     def _save(self) -> None:
         self._check_weights()
+        if self.processes.rank:
+            return
         content = {
             "format": 2,
             "config": self.config.to_dict(),
@@ -293,6 +326,28 @@ class Run:
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"resume: checkpoint {path} does not fit the run: {reason}") from None
+
+
+class _Silence:
+    """The logbook of a process that is not the first: keeps the rows, shows and writes nothing."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def __enter__(self) -> "_Silence":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def show(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        pass
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+
+    def say(self, line: str) -> None:
+        pass
 
 
 class _StopRequest:

@@ -1,5 +1,8 @@
 """``python -m cifar_resnet_fast.train``: train, resume, evaluate (layer 5).
 
+torchrun starts several processes, one for each GPU: ``torchrun --nproc-per-node=4 -m
+cifar_resnet_fast.train``. They train one network together, and the first one writes the files.
+
 With ``--runs N`` each seed has a folder of its own, seed-0, seed-1, ..., and summary.json has the
 mean and the standard deviation.
 """
@@ -20,11 +23,12 @@ from cifar_resnet_fast.config import TrainConfig, flag_of, parse_flags, with_fla
 from cifar_resnet_fast.datasets import find_dataset, load_dataset
 from cifar_resnet_fast.engine import DTYPES, Evaluator
 from cifar_resnet_fast.loader import Loader
+from cifar_resnet_fast.processes import Processes, ProcessLostError
 from cifar_resnet_fast.resnet import FastResNet, load_checkpoint, read_weights
 from cifar_resnet_fast.run import IMAGENET_STATISTICS, Run, RunData, RunStopped, write_json
 
 # what a command line may change with --resume: where things are and how they are shown
-_FREE_ON_RESUME = {"resume", "data_root", "device", "tensorboard"}
+_FREE_ON_RESUME = {"resume", "data_root", "device", "tensorboard", "timeout"}
 
 _FP16_LOSS_SCALE = 1024.0  # a mean over 1024 pictures then has the gradients of their sum
 
@@ -40,27 +44,27 @@ def main(arguments: list[str] | None = None) -> int:
             config, given = parse_flags(arguments)
             if config.eval is not None:
                 return _evaluate(config, given)
-            config, folder = (
-                _resumed(config, given) if config.resume else (_resolved(config), None)
-            )
-            dataset = load_dataset(config.dataset, config.data_root, config.limit)
-            data = RunData(config, dataset, _device(config))
-            if folder is None:
-                folder = _claim_folder(config)
+            processes = Processes(_device_name(config), config.timeout)
+            config, folder, data = _prepared(config, given, processes)
         accuracies = []
         for seed in range(config.seed, config.seed + config.runs):
             with _bad_input_exits():
                 place = folder if config.runs == 1 else folder / f"seed-{seed}"
-                run = Run(replace(config, seed=seed, runs=1), place, data)
+                run = Run(replace(config, seed=seed, runs=1), place, data, processes)
             accuracies.append(run.train())
-        if config.runs > 1:
+        if config.runs > 1 and processes.rank == 0:
             _summarize(folder, config, accuracies)
+        processes.leave()
     except RunStopped as stopped:
-        print(stopped, file=sys.stderr)
+        if processes.rank == 0:
+            print(stopped, file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("interrupted; what was written before is whole", file=sys.stderr)
         return 130
+    except ProcessLostError as error:
+        print(f"error: {error}; what was written before is whole", file=sys.stderr)
+        return 1
     except (FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -80,8 +84,35 @@ def _bad_input_exits():
 # --- before a run ------------------------------------------------------------------------------
 
 
-def _resolved(config: TrainConfig) -> TrainConfig:
-    """The settings with each ``auto`` that a resume must keep replaced by what it stands for."""
+def _prepared(
+    config: TrainConfig, given: dict, processes: Processes
+) -> tuple[TrainConfig, Path, RunData]:
+    """The settings, the folder and the data of a run; the first process finds out for all."""
+    folder = None
+    if processes.rank == 0:
+        if config.resume:
+            config, folder = _resumed(config, given)
+        else:
+            config = _resolved(config, given, processes)
+    config, folder = processes.tell((config, folder))
+    with processes.first_here_first():
+        dataset = load_dataset(config.dataset, config.data_root, config.limit)
+    data = RunData(config, dataset, processes)
+    if folder is None and processes.rank == 0:
+        folder = _claim_folder(config)
+    return config, processes.tell(folder), data
+
+
+def _resolved(config: TrainConfig, given: dict, processes: Processes) -> TrainConfig:
+    """The settings with all that a resume must keep replaced by what it stands for."""
+    if config.batch_size_per_process is not None:
+        if "batch_size" in given:
+            raise ValueError(
+                f"batch_size must be left out where {flag_of('batch_size_per_process')} is given, "
+                f"got {config.batch_size}"
+            )
+        whole = config.batch_size_per_process * processes.count
+        config = replace(config, batch_size=whole, batch_size_per_process=None)
     if config.out is not None:
         _check_free(Path(config.out))
     dataset, reason = find_dataset(config.dataset, config.data_root)
@@ -134,7 +165,8 @@ def _claim_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def _device(config: TrainConfig) -> torch.device:
+def _device_name(config: TrainConfig) -> str:
+    """``cpu`` or ``cuda``; the implementation that was asked for can run there."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,7 +181,7 @@ def _device(config: TrainConfig) -> torch.device:
                     f"implementation must be one that can run here, got "
                     f"{config.implementation}: {reason}"
                 )
-    return device
+    return name
 
 
 def _with_precision(config: TrainConfig) -> TrainConfig:
@@ -161,7 +193,7 @@ def _with_precision(config: TrainConfig) -> TrainConfig:
 def _dtype(config: TrainConfig) -> str:
     if config.dtype != "auto":
         return config.dtype
-    return "fp16" if _device(config).type == "cuda" else "fp32"
+    return "fp16" if _device_name(config) == "cuda" else "fp32"
 
 
 def _summarize(folder: Path, config: TrainConfig, accuracies: list[float]) -> None:
@@ -200,7 +232,10 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
         mean, std = IMAGENET_STATISTICS
     else:
         mean, std = dataset.channel_statistics()
-    device = _device(config)
+    processes = Processes(_device_name(config))
+    if processes.count > 1:
+        raise ValueError(f"eval must be run by one process, not by {processes.count}")
+    device = processes.device
     model = FastResNet(depth, num_classes, config.implementation)
     load_checkpoint(model, config.eval)
     dtype = DTYPES[_dtype(config)]
@@ -214,7 +249,7 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
         dtype=dtype,
         augmented=False,
     )
-    evaluator = Evaluator(model, loader, device=device, dtype=dtype)
+    evaluator = Evaluator(model, loader, device=device, dtype=dtype, processes=processes)
     evaluator.start()
     loss, accuracy = evaluator.result()
     print(

@@ -8,6 +8,7 @@ from cifar_resnet_fast import FastResNet
 from cifar_resnet_fast.capture import CudaGraphs, Readback
 from cifar_resnet_fast.engine import Engine
 from cifar_resnet_fast.loader import Loader
+from cifar_resnet_fast.processes import Processes
 
 STEPS, EPOCHS = 3, 2  # 3 batches of 4 an epoch, one picture left over
 
@@ -35,6 +36,7 @@ def make_engine(device="cpu", dtype=torch.float32, loader=None, **settings):
         dtype=dtype,
         schedule=0.1 / (1 + torch.arange(STEPS * EPOCHS)),
         seed=7,
+        processes=Processes(),
         **{"momentum": 0.9, "weight_decay": 1e-4, **settings},
     )
 

@@ -4,6 +4,7 @@ the fastest implementation that serves them, or the one that ``implementation`` 
 from cifar_resnet_fast.ops.augment import load_batch, normalized_bytes
 from cifar_resnet_fast.ops.choice import IMPLEMENTATIONS, OPERATIONS, choose, why_not
 from cifar_resnet_fast.ops.conv_bn_relu import conv_bn_relu
+from cifar_resnet_fast.ops.conv_sync_bn_relu import conv_sync_bn_relu
 from cifar_resnet_fast.ops.extension import BUILD_INFO, WHY_NOT_LOADED
 from cifar_resnet_fast.ops.sgd import sgd
 from cifar_resnet_fast.ops.shortcut_a import shortcut_a
@@ -16,6 +17,7 @@ __all__ = [
     "WHY_NOT_LOADED",
     "choose",
     "conv_bn_relu",
+    "conv_sync_bn_relu",
     "load_batch",
     "normalized_bytes",
     "sgd",

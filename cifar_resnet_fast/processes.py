@@ -1,0 +1,123 @@
+"""The processes of one run, as torchrun starts them: who is who, and what they exchange (layer 1).
+
+Without torchrun there is one process, and exchanging does nothing.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ProcessLostError(Exception):
+    """Another process of the run has died, or does not answer."""
+
+
+class Processes:
+    """This process among those of its run.
+
+    On GPUs tensors travel by NCCL, on the CPU by gloo; what the host decides by gloo always, so
+    that a process that has died is noticed by a host that waits for no GPU.
+
+    Args:
+        device: ``cpu`` or ``cuda``, where the run trains
+        timeout: seconds to wait for a process that does not answer
+
+    Attributes:
+        rank: 0 .. count - 1; the first one writes the run's files
+        count: of the processes
+        device: of this process; a GPU each
+
+    Raises:
+        ValueError: there are fewer GPUs than processes
+        ProcessLostError: not all of them came
+    """
+
+    def __init__(self, device: str = "cpu", timeout: float = 300.0):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(device)
+        if self.count == 1:
+            return
+        self._local_rank = int(os.environ["LOCAL_RANK"])
+        if device == "cuda":
+            if self._local_rank >= torch.cuda.device_count():
+                raise ValueError(
+                    f"device must be one GPU a process, got {torch.cuda.device_count()} GPUs for "
+                    f"{os.environ['LOCAL_WORLD_SIZE']} processes"
+                )
+            self.device = torch.device("cuda", self._local_rank)
+            torch.cuda.set_device(self.device)
+        with _lost_is_named():
+            backend = "nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            self._host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum a tensor over the processes, in place; a CUDA graph can capture it."""
+        if self.count > 1:
+            all_reduce(tensor)
+
+    def spread(self, tensor: Tensor) -> None:
+        """Give all processes the values that the first one has."""
+        if self.count > 1:
+            with _lost_is_named():
+                dist.broadcast(tensor, src=0)
+
+    def tell(self, value: Any) -> Any:
+        """What the first process gives, anything that pickles; the others' values are dropped."""
+        if self.count == 1:
+            return value
+        told = [value]
+        with _lost_is_named():
+            dist.broadcast_object_list(told, src=0, group=self._host_group)
+        return told[0]
+
+    def any(self, wish: bool) -> bool:
+        """Whether one of the processes says so; waits for all of them."""
+        if self.count == 1:
+            return wish
+        flag = torch.tensor(int(wish), dtype=torch.int32)
+        with _lost_is_named():
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._host_group)
+        return bool(flag)
+
+    @contextlib.contextmanager
+    def first_here_first(self) -> Iterator[None]:
+        """The first process of each machine does the work first, such as a download."""
+        if self.count == 1:
+            yield
+            return
+        if self._local_rank > 0:
+            self.any(False)
+        yield
+        if self._local_rank == 0:
+            self.any(False)
+
+    def leave(self) -> None:
+        """End the exchange in good order; all processes are to do so."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
+
+def all_reduce(tensor: Tensor) -> None:
+    """Sum a tensor over all processes, in place; ProcessLostError if one does not answer."""
+    with _lost_is_named():
+        dist.all_reduce(tensor)
+
+
+@contextlib.contextmanager
+def _lost_is_named() -> Iterator[None]:
+    """What the back ends raise, each its own, when a process is gone or silent."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ProcessLostError(
+            f"another process of the run has stopped or does not answer ({reason})"
+        ) from None

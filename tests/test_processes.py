@@ -1,0 +1,220 @@
+"""Several processes on one machine, under torchrun with gloo, as users start them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import cifar_resnet_fast
+from cifar_resnet_fast.processes import Processes
+from cifar_resnet_fast.train import main
+
+# 64 drawn pictures: 4 steps of 16 an epoch
+TINY = (
+    "--dataset shapes --limit 64 --depth 8 --batch-size 16 --epochs 2 --lr 0.05 --warmup-epochs 1 "
+    "--milestones --device cpu"
+).split()
+
+# what each process does in place of `python -m cifar_resnet_fast.train`
+SAME_WEIGHTS = """
+import sys, torch
+import torch.distributed as dist
+from cifar_resnet_fast import processes, run, train
+
+finish = run.Run._finish_epoch
+
+def checked(self, *arguments):
+    finish(self, *arguments)
+    ours = self.engine.optimizer.parameters
+    theirs = ours.clone()
+    dist.broadcast(theirs, src=0)
+    assert torch.equal(ours, theirs), "the processes have grown apart"
+    torch.save(ours, f"{sys.argv[1]}/weights-{self.processes.rank}-{self.step}.pt")
+
+run.Run._finish_epoch = checked
+
+# the operation itself, in float64, against the reference on both batches together
+from cifar_resnet_fast import ops, reference
+
+def operation(rank):
+    generator = torch.Generator().manual_seed(0)
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    x, shortcut, dout = 0.5 * draw(6, 5, 7, 6) - 2.3, draw(6, 4, 4, 3), draw(6, 4, 4, 3)
+    weight, bn_weight, bn_bias = draw(4, 5, 3, 3), draw(4), draw(4)
+    running = [draw(4), draw(4).abs()]
+    half = slice(3 * rank, 3 * rank + 3)
+    found = []
+    for part, call in ((slice(None), reference.conv_bn_relu), (half, ops.conv_sync_bn_relu)):
+        given = [x[part], shortcut[part], weight, bn_weight, bn_bias]
+        given = [t.clone().requires_grad_() for t in given]
+        statistics = [t.clone() for t in running]
+        out = call(given[0], *given[2:], *statistics, stride=2, shortcut=given[1], relu=True,
+                   momentum=0.1, eps=1e-5)
+        dx, dshortcut, *rest = torch.autograd.grad(out, given, dout[part])
+        if part is half:
+            for gradient in rest:
+                dist.all_reduce(gradient)
+        else:
+            out, dx, dshortcut = out[half], dx[half], dshortcut[half]
+        found.append([out, dx, dshortcut, *rest, *statistics])
+    for right, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-10, atol=1e-10)
+    print("operation compared")
+
+begin = run.Run.train
+def compared(self):
+    operation(self.processes.rank)
+    return begin(self)
+run.Run.train = compared
+sys.exit(train.main(sys.argv[2:]))
+"""
+# the second process dies at once, or answers nothing any more
+LOST = """
+import os, signal, sys, time
+from cifar_resnet_fast import engine, train
+
+step = engine.Engine.train_step
+
+def lost(self):
+    if self.done == 6 and self._processes.rank == 1:
+        if sys.argv[1] == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(1000)
+    step(self)
+
+engine.Engine.train_step = lost
+sys.exit(train.main(sys.argv[2:]))
+"""
+IS_TOLD_TO_STOP = """
+import os, signal, sys
+from cifar_resnet_fast import engine, train
+
+step = engine.Engine.train_step
+
+def stopped(self):
+    if self.done == 2 and self._processes.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    step(self)
+
+engine.Engine.train_step = stopped
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def torchrun(tmp_path, script, *arguments, processes=2):
+    """Start processes; without torchrun's own restarts and with one thread each."""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), path, *map(str, arguments)]
+    package = str(Path(cifar_resnet_fast.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": package}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert main([*TINY, "--out", str(folder)]) == 0
+    return folder
+
+
+def assert_same_curve(ours, theirs):
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine["step"] == yours["step"]
+        # sums of float32 in another order, and 8 steps for their difference to grow
+        for name in ("train_loss", "test_loss"):
+            assert mine[name] == pytest.approx(yours[name], rel=1e-4)
+        for name in ("train_accuracy", "test_accuracy"):
+            assert mine[name] == pytest.approx(yours[name], abs=1.01 / 64)
+
+
+def test_two_processes_train_as_one(alone, tmp_path):
+    """With synchronised normalisation; weights are compared between the processes on the way."""
+    out = tmp_path / "run"
+    done = torchrun(tmp_path, SAME_WEIGHTS, tmp_path, *TINY, "--sync-bn", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert_same_curve(rows(out), rows(alone))
+    for step in (4, 8):
+        ours = [torch.load(tmp_path / f"weights-{rank}-{step}.pt") for rank in (0, 1)]
+        assert torch.equal(*ours)
+    assert done.stdout.count("operation compared") == 2
+    assert done.stdout.count("epoch 1/2") == 1, "one process shows what happens"
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        path.name for path in alone.iterdir()
+    )
+
+
+def test_stop_of_one_stops_all_and_another_number_goes_on(alone, tmp_path):
+    """The second of two is told to stop; one process alone resumes from the checkpoint."""
+    out = tmp_path / "run"
+    arguments = [*TINY[:-2], "--epochs", "3", "--sync-bn", "--out", out, "--device", "cpu"]
+    arguments[arguments.index("--batch-size") :][:2] = ["--batch-size-per-process", "8"]
+    stopped = torchrun(tmp_path, IS_TOLD_TO_STOP, *arguments)
+    assert stopped.returncode != 0
+    assert f"go on with --resume {out}" in stopped.stderr
+    assert stopped.stderr.count("go on with") == 1
+    assert json.loads((out / "config.json").read_text())["batch_size"] == 16
+    assert rows(out)[-1]["step"] == 4, "agreed at the end of the epoch"
+    assert main(["--resume", str(out)]) == 0
+    assert [row["step"] for row in rows(out)] == [4, 8, 12]
+    assert_same_curve(rows(out)[:2], rows(alone))
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_process_that_is_lost(how, tmp_path):
+    """In epoch 2; the other one says so and ends, and the checkpoint of epoch 1 is whole."""
+    out = tmp_path / "run"
+    began = time.monotonic()
+    lost = torchrun(tmp_path, LOST, how, *TINY, "--timeout", 15, "--out", out)
+    assert time.monotonic() - began < 150, "an end, not a hang"
+    assert lost.returncode != 0
+    assert "error: another process of the run has stopped or does not answer" in lost.stderr
+    assert "what was written before is whole" in lost.stderr
+    assert torch.load(out / "checkpoint.pt")["engine"]["step"] == 4
+
+
+def test_one_process_exchanges_nothing():
+    processes = Processes()
+    tensor = torch.ones(3)
+    processes.all_reduce(tensor)
+    processes.spread(tensor)
+    assert tensor.tolist() == [1, 1, 1]
+    assert processes.tell("word") == "word"
+    assert processes.any(True)
+    assert not processes.any(False)
+    with processes.first_here_first():
+        processes.leave()
+
+
+def test_rules(monkeypatch, tmp_path, capsys):
+    for arguments, message in (
+        (["--sync-bn", "--implementation", "cuda"], "--sync-bn must be off with"),
+        (
+            ["--batch-size-per-process", "8"],
+            "--batch-size must be left out where --batch-size-",
+        ),
+        (["--timeout", "0"], "--timeout must be more than 0"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*TINY, *arguments, "--out", str(tmp_path / "run")])
+        assert message in capsys.readouterr().err
