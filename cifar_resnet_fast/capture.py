@@ -48,6 +48,11 @@ class CudaGraphs:
         return graph.replay
 
 
+def capture_for(device: torch.device) -> CudaGraphs | None:
+    """What captures work on ``device``; None where nothing can and nothing need."""
+    return CudaGraphs() if device.type == "cuda" else None
+
+
 class Readback:
     """The values of a device tensor on the host, without waiting for the device.
 

@@ -68,6 +68,10 @@ class Evaluator:
         with _Kept([self._sums, self._step]):
             self._replay = capture(self._run, self._run)
 
+    def release(self) -> None:
+        """Give back what a captured batch holds."""
+        self._replay = self._run
+
     @torch.no_grad()
     def _run(self) -> None:
         self.model.eval()
@@ -209,6 +213,30 @@ class Engine:
             # the next epoch is drawn while the device evaluates
             self._training.prepare(self.done, self._seed)
         return self._evaluator.result()
+
+    def step_bytes(self, pictures: int) -> int:
+        """The most device memory that a step of so many pictures takes, tried out on black ones.
+
+        For a run that is over: changes the running statistics.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit
+        """
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        images = torch.zeros((pictures, 3, 32, 32), dtype=self._dtype, device=self._device)
+        with _autocast(self._device, self._dtype):
+            logits = self.model.train()(images.to(memory_format=torch.channels_last))
+        self.optimizer.differentiate(logits.float().sum())
+        return torch.cuda.max_memory_allocated(self._device) - before
+
+    def release(self) -> int:
+        """Give back what captured steps hold; returns the bytes that the device then has free."""
+        self._replay = self._run
+        self._evaluator.release()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0]
 
     def is_finite(self) -> bool:
         """Whether no weight and no running statistic of the model is infinite or NaN."""

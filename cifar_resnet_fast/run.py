@@ -6,22 +6,26 @@ with the bits of one that was not. Its ``state_dict`` holds the weights that wer
 ``load_checkpoint`` takes the same file.
 """
 
+import contextlib
 import json
 import math
 import signal
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from cifar_resnet_fast.capture import CudaGraphs
+from cifar_resnet_fast.capture import capture_for
 from cifar_resnet_fast.checkpoint import read_checkpoint, save_checkpoint, write_atomically
 from cifar_resnet_fast.config import TrainConfig, flag_of
 from cifar_resnet_fast.datasets import Dataset
 from cifar_resnet_fast.engine import DTYPES, Engine
 from cifar_resnet_fast.loader import Loader
 from cifar_resnet_fast.logbook import Logbook, read_metrics
+from cifar_resnet_fast.memory import BatchTooLargeError, is_out_of_memory, largest_batch
 from cifar_resnet_fast.optimizer import learning_rate
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
@@ -138,14 +142,13 @@ class Run:
             RunStopped: the user asked for it; the checkpoint is written
             FloatingPointError: loss or weights are not finite; names the step
             OSError: a file cannot be written
+            BatchTooLargeError: the batch does not fit into memory
+            ProcessLostError: another process has died or does not answer
         """
         config, steps = self.config, self.data.training.steps
         logbook = self._logbook()
-        with _StopRequest() as stop, logbook:
-            if self.processes.device.type == "cuda":
-                reason = self.engine.capture(CudaGraphs())
-                if reason is not None:
-                    logbook.say(f"steps run without a CUDA graph, slower: {reason}")
+        with _StopRequest() as stop, logbook, self._memory_is_named():
+            self._capture(logbook)
             for epoch in range(self.step // steps, config.epochs):
                 speed = self._train_epoch(epoch, logbook, stop)
                 self._finish_epoch(epoch, speed, logbook)
@@ -158,6 +161,40 @@ class Run:
                 f"epochs, {self.seconds:.0f} s; in {self.folder}"
             )
         return accuracy
+
+    def _capture(self, logbook: "Logbook | _Silence") -> None:
+        """Have the device repeat captured steps, where it can; a Ctrl-C waits until then."""
+        capture = capture_for(self.processes.device)
+        if capture is not None:
+            reason = self.engine.capture(capture)
+            if reason is not None:
+                logbook.say(f"steps run one kernel at a time, slower than captured: {reason}")
+
+    @contextlib.contextmanager
+    def _memory_is_named(self) -> Iterator[None]:
+        """Memory that ran out, in terms of the batch size."""
+        try:
+            yield
+            return
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+            traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
+        if self.processes.device.type != "cuda":
+            raise BatchTooLargeError(
+                f"batch_size must fit into memory, got {self.config.batch_size}: {reason}"
+            )
+        available = self.engine.release()
+        count = self.processes.count
+        missing, largest = largest_batch(
+            self.engine.step_bytes, self.config.batch_size // count, available
+        )
+        advice = "nor does one picture" if largest is None else f"at most {largest * count} fit"
+        raise BatchTooLargeError(
+            f"batch_size must fit into the GPU's memory, got {self.config.batch_size}: about "
+            f"{missing / 2**30:.1f} GiB are missing; {advice}"
+        )
 
     def _logbook(self) -> "Logbook | _Silence":
         if self.processes.rank:

@@ -23,6 +23,7 @@ from cifar_resnet_fast.config import TrainConfig, flag_of, parse_flags, with_fla
 from cifar_resnet_fast.datasets import find_dataset, load_dataset
 from cifar_resnet_fast.engine import DTYPES, Evaluator
 from cifar_resnet_fast.loader import Loader
+from cifar_resnet_fast.memory import BatchTooLargeError
 from cifar_resnet_fast.processes import Processes, ProcessLostError
 from cifar_resnet_fast.resnet import FastResNet, load_checkpoint, read_weights
 from cifar_resnet_fast.run import IMAGENET_STATISTICS, Run, RunData, RunStopped, write_json
@@ -65,6 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ProcessLostError as error:
         print(f"error: {error}; what was written before is whole", file=sys.stderr)
         return 1
+    except BatchTooLargeError as error:
+        print(f"error: {with_flag_name(str(error))}", file=sys.stderr)
+        if processes.rank == 0:
+            _give_back(folder)
+        return 2
     except (FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -163,6 +169,15 @@ def _claim_folder(config: TrainConfig) -> Path:
     except OSError as error:
         raise ValueError(f"out must be a folder that can be written: {error}") from None
     return folder
+
+
+def _give_back(folder: Path) -> None:
+    """Remove a run's folder in which nothing was trained yet."""
+    metrics = folder / "metrics.jsonl"
+    if {path.name for path in folder.iterdir()} == {"config.json", metrics.name}:
+        (folder / "config.json").unlink()
+        metrics.unlink()
+        folder.rmdir()
 
 
 def _device_name(config: TrainConfig) -> str:

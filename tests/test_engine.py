@@ -1,5 +1,7 @@
 """The engine: a captured step is the eager one, and capturing leaves no trace."""
 
+import sys
+
 import pytest
 import torch
 from rehearsal import Rehearsal
@@ -103,6 +105,21 @@ def test_replayed_steps_are_the_eager_ones(variant, monkeypatch):
         assert_same(ours, theirs)
     assert replayed_scores == scores
     assert rehearsal.replays == EPOCHS * (STEPS + 4), "13 pictures are evaluated in 4 batches"
+
+
+def test_triton_kernels_are_replayed(monkeypatch):
+    """The batch and the update by kernels, in the interpreter; the layers in plain PyTorch."""
+    usual, _ = train(make_engine(loader={"cutout": 8}), 2)
+    for module in ("augment", "sgd"):
+        module = sys.modules[f"cifar_resnet_fast.ops.{module}"]
+        monkeypatch.setattr(module, "choose", lambda *_: "triton")
+    monkeypatch.setattr("cifar_resnet_fast.kernels.sgd.BLOCK", 32768)  # programs are slow here
+    engine = make_engine(loader={"cutout": 8})
+    assert engine.capture(Rehearsal()) is None
+    states, _ = train(engine, 2)
+    for ours, theirs in zip(states, usual, strict=True):
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("at", [0, 4], ids=["new", "resumed"])

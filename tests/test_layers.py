@@ -46,6 +46,7 @@ FLOORS = {
     "loader": 2.1,
     "optimizer": 2,
     "capture": 2,
+    "memory": 2,
     "config": 2.2,
     "engine": 3,
     "info": 4,

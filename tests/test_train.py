@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from rehearsal import Rehearsal
 
 from cifar_resnet_fast import FastResNet, load_checkpoint
 from cifar_resnet_fast.engine import Engine
@@ -200,6 +201,63 @@ def test_resume_is_exact(tmp_path, monkeypatch, capsys, settings, stops):
         for folder in (whole, out)
     ]
     assert timeless[0] == timeless[1]
+
+
+# --- captured steps, rehearsed on the CPU --------------------------------------------------------
+
+
+def captured_by(monkeypatch, capture):
+    monkeypatch.setattr("cifar_resnet_fast.run.capture_for", lambda device: capture)
+
+
+def assert_same_end(folder, finished):
+    ours, theirs = tensors(checkpoint(folder)), tensors(checkpoint(finished))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_captured_run_is_the_eager_one_and_resumes(finished, tmp_path, monkeypatch):
+    rehearsal, out = Rehearsal(), tmp_path / "run"
+    captured_by(monkeypatch, rehearsal)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        assert main([*TINY, "--out", str(out)]) == 130
+    assert main(["--resume", str(out)]) == 0
+    assert rehearsal.replays == 3 * (STEPS + 4), "no step ran any other way"
+    assert_same_end(out, finished)
+
+
+def test_interrupt_during_capture(finished, tmp_path, monkeypatch, capsys):
+    """The capture is finished, then a step, and the run stops with a checkpoint."""
+
+    capture, out = Engine.capture, tmp_path / "run"
+
+    def interrupted(engine, rehearsal):
+        os.kill(os.getpid(), signal.SIGINT)
+        return capture(engine, rehearsal)
+
+    with monkeypatch.context() as patch:
+        captured_by(patch, Rehearsal())
+        patch.setattr(Engine, "capture", interrupted)
+        assert main([*TINY, "--out", str(out)]) == 130
+    assert "stopped after step 1; go on with" in capsys.readouterr().err
+    assert checkpoint(out)["engine"]["step"] == 1
+    assert main(["--resume", str(out)]) == 0
+    assert_same_end(out, finished)
+
+
+def test_capture_that_fails_is_one_line(finished, tmp_path, monkeypatch, capsys):
+    def refused(function, warm_up, times=3):
+        warm_up()
+        raise RuntimeError("operation not permitted\nCUDA kernel errors might be ...")
+
+    captured_by(monkeypatch, refused)
+    out = run(out=tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert shown.count("slower than captured: operation not permitted\n") == 1
+    assert "CUDA kernel errors" not in shown
+    assert_same_end(out, finished)
 
 
 def test_stop_says_how_to_go_on(tmp_path, monkeypatch, capsys):
