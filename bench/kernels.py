@@ -1,0 +1,212 @@
+"""Every public operation, in every implementation that can run: ``python -m bench.kernels``.
+
+Each operation at each place where the network has it: forward, backward and both; dtypes and batch
+sizes; the package's implementations, plain PyTorch (``eager``: cuDNN where there is a GPU) and the
+same under torch.compile (``compile``). Results are held against float64 before anything is timed.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.cards import Card
+from bench.cases import CASES, Case, Tensors
+from bench.measure import Call, check, time_calls
+from bench.suite import FAILURES, Suite, Unavailable, flags, rates, timed
+from bench.traffic import Sizes
+from cifar_resnet_fast import ops
+from cifar_resnet_fast.engine import DTYPES
+
+PHASES = ("forward", "backward", "both")
+EAGER, COMPILE = "eager", "compile"
+Run = Callable[[Tensors], Tensor]
+
+
+def runner(case: Case, name: str, suite: Suite) -> Run:
+    """What runs ``case`` under the name that results have.
+
+    Raises:
+        Unavailable: nothing does, on this device
+    """
+    if name == EAGER:
+        return lambda tensors: case.call(tensors, "reference")
+    if not suite.on_gpu:
+        raise Unavailable("without a GPU only eager is measured")
+    if name == COMPILE:
+        torch._functorch.config.donated_buffer = False  # or a compiled backward runs only once
+        return compiled(lambda tensors: case.call(tensors, "reference"))
+    reason = ops.why_not(name, suite.device, case.operation)
+    if reason is not None:
+        raise Unavailable(reason)
+    return lambda tensors: case.call(tensors, name)
+
+
+def compiled(run: Run, **options) -> Run:
+    """``run`` under torch.compile, which may neither fall back to eager nor share with others."""
+    torch._dynamo.reset()  # a function's code is compiled only so often before it runs eagerly
+    return torch.compile(run, fullgraph=True, dynamic=False, **options)
+
+
+def draw(
+    case: Case, batch: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[Tensors, Tensor]:
+    """The inputs, those that have a gradient set to require it, and the gradient of the result."""
+    generator = torch.Generator(device).manual_seed(seed)
+    tensors = case.inputs(batch, dtype, device, generator)
+    with torch.no_grad():
+        out = case.call(tensors, "reference")
+    dout = torch.randn(out.shape, device=device, generator=generator)
+    return _differentiable(case, tensors), dout.to(dtype, memory_format=torch.channels_last)
+
+
+def _differentiable(case: Case, tensors: Tensors) -> Tensors:
+    return {
+        name: value.detach().requires_grad_(name in case.differentiated)
+        for name, value in tensors.items()
+    }
+
+
+def differentiate(case: Case, run: Run, tensors: Tensors, dout: Tensor) -> tuple[Tensor, Tensors]:
+    """The result, and the gradients of ``case.differentiated`` by name."""
+    out = run(tensors)
+    gradients = torch.autograd.grad(out, [tensors[name] for name in case.differentiated], dout)
+    return out, {f"d{name}": g for name, g in zip(case.differentiated, gradients, strict=True)}
+
+
+def verify(case: Case, run: Run, tensors: Tensors, dout: Tensor) -> None:
+    """Raise WrongResult where ``run`` is further from float64 than eager PyTorch may be.
+
+    ``run`` gets copies: the operation updates running statistics.
+    """
+
+    def results(run: Run, dtype: torch.dtype | None) -> tuple[Tensor, Tensors]:
+        copies = {name: value.detach().clone() for name, value in tensors.items()}
+        if dtype is not None:
+            copies = {name: value.to(dtype) for name, value in copies.items()}
+        gradient = dout if dtype is None else dout.to(dtype)
+        return differentiate(case, run, _differentiable(case, copies), gradient)
+
+    def eager(tensors: Tensors) -> Tensor:
+        return case.call(tensors, "reference")
+
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # which would loosen float32's budget
+    try:
+        ours, theirs, exact = (
+            results(run, None),
+            results(eager, None),
+            results(eager, torch.double),
+        )
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+    check({"out": ours[0]}, {"out": theirs[0]}, {"out": exact[0]}, maximum=True)
+    check(ours[1], theirs[1], exact[1], maximum=False)
+
+
+def preparer(
+    case: Case, run: Run, phase: str, batch: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[int], Call]:
+    """For ``time_calls``: the call of ``phase`` on inputs of its own."""
+
+    def prepare(copy: int) -> Call:
+        tensors, dout = draw(case, batch, dtype, device, seed=copy)
+        if phase == "forward":
+            return lambda: run(tensors)
+        if phase == "both":
+            return lambda: differentiate(case, run, tensors, dout)
+        out, wanted = run(tensors), [tensors[name] for name in case.differentiated]
+        return lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True)
+
+    return prepare
+
+
+def measure(
+    suite: Suite, card: Card, case: Case, name: str, run: Run, batch: int, dtype: str
+) -> None:
+    """Verify one implementation of a case, then time it forward, backward and both."""
+    key = key_of(case, dtype, batch, name)
+    try:
+        verify(case, run, *draw(case, batch, DTYPES[dtype], suite.device, seed=0))
+        for phase in PHASES:
+            moved, flops = case.work(phase, Sizes(batch, dtype))
+            timing = time_calls(
+                preparer(case, run, phase, batch, DTYPES[dtype], suite.device),
+                suite.device,
+                input_bytes=moved,
+                seconds=suite.seconds,
+            )
+            row = {
+                **key,
+                "phase": phase,
+                **timed(timing),
+                **rates(timing, card, dtype, moved, flops),
+            }
+            suite.add(row, line(row))
+    except FAILURES as error:
+        suite.add_failure(key, error)
+
+
+def key_of(case: Case, dtype: str, batch: int, name: str) -> dict:
+    """What tells a result from the others of this suite, but for the phase."""
+    return {
+        "operation": case.operation,
+        "place": case.place,
+        "dtype": dtype,
+        "batch": batch,
+        "implementation": name,
+    }
+
+
+def line(row: dict) -> str:
+    """A result for people."""
+    return (
+        f"{row['operation']:12} {row['place']:26} {row['dtype']} {row['batch']:5} "
+        f"{row['implementation']:9} {row['phase']:8} "
+        f"{row['us']:9.1f} us ({row['us_20']:.1f} - {row['us_80']:.1f})  "
+        f"{row['gb_s']:7.1f} GB/s, {row['bandwidth_share']:.0%} of a copy  "
+        f"{row['tflop_s']:7.2f} TFLOP/s, {row['arithmetic_share']:.0%} of a matrix product  "
+        f"floor {row['floor_us']:.1f} us"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = flags("kernels", __doc__.partition("\n\n")[2])
+    parser.add_argument("--operation", nargs="+", choices=sorted({c.operation for c in CASES}))
+    parser.add_argument("--implementation", nargs="+", help="by default all that can run")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
+    parser.add_argument("--batch-size", type=int, nargs="+")
+    options = parser.parse_args(arguments)
+    known = {*ops.IMPLEMENTATIONS, EAGER, COMPILE} - {"reference"}
+    for name in options.implementation or ():
+        if name not in known:
+            parser.error(f"--implementation must be of {', '.join(sorted(known))}, got {name}")
+    if min(options.batch_size or (1,)) < 1:
+        parser.error(f"--batch-size must be at least 1, got {min(options.batch_size)}")
+    suite = Suite("kernels", options)
+    dtypes, batches = tuple(DTYPES), (128, 1024)
+    if not suite.on_gpu:
+        dtypes, batches = ("fp32",), (4,)
+    elif suite.quick:
+        dtypes, batches = ("fp16",), (1024,)
+    wanted = options.implementation or (known - {COMPILE} if suite.quick else known)
+    card = suite.measured_card()
+    cases = [c for c in CASES if c.operation in (options.operation or [c.operation])]
+    problems = itertools.product(
+        cases, options.dtype or dtypes, options.batch_size or batches, sorted(wanted)
+    )
+    for case, dtype, batch, name in suite.progress(list(problems)):
+        try:
+            run = runner(case, name, suite)
+        except Unavailable as error:
+            if options.implementation:  # who names one wants to know
+                suite.add_failure(key_of(case, dtype, batch, name), error)
+            continue
+        measure(suite, card, case, name, run, batch, dtype)
+    return suite.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""How a time is taken, and what must be right before one is.
+
+On a GPU the calls run inside a CUDA graph, each on its own copy of inputs and results, enough
+copies that none is still in the L2 cache when its turn comes again; a sample is one replay, timed
+by events and divided by its calls. On a CPU a sample is one call. Reported are median and 20 and
+80 % quantiles after a warm-up.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+
+_MAX_COPIES = 64
+_CALLS_IN_GRAPH = 10  # at least, so that a replay is long beside what an event resolves
+_MIN_SAMPLES, _MAX_SAMPLES = 5, 500
+
+
+class WrongResult(Exception):
+    """What was to be timed does not compute what it should."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: median, 20 % and 80 % quantile; of how many samples, taken how."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+    method: str
+    peak_mib: float | None  # memory allocated above what was there before; None on a CPU
+
+
+def time_calls(
+    prepare: Callable[[int], Call],
+    device: torch.device,
+    *,
+    input_bytes: int,
+    seconds: float,
+    graph: bool = True,
+) -> Timing:
+    """Time the calls that ``prepare`` makes.
+
+    Args:
+        prepare: makes the call that works on copy i of its inputs; runs on the timed stream
+        device: where the calls run
+        input_bytes: that a call moves, to know how many copies fill the L2 cache three times; a
+            call that moves more itself has one
+        seconds: about how long to sample
+        graph: False times calls one after the other, for those that cannot be captured or that
+            replay a graph of their own
+    """
+    if device.type != "cuda":
+        call = prepare(0)
+        call()
+        return _summary(_sample_cpu(call, seconds), "clock", None)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    copies = min(_MAX_COPIES, -(-3 * cache // max(input_bytes, 1)))
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        calls = [prepare(copy) for copy in range(copies)]
+        for call in calls[:1] * 2 + calls:  # compiles, chooses algorithms, fills the allocator
+            call()
+        stream.synchronize()
+        with peak_memory(device) as peak:
+            calls[0]()
+        rounds = max(1, -(-_CALLS_IN_GRAPH // copies)) if graph else 1
+        results: list[object] = [None] * copies  # kept, or all would be written to the same place
+
+        def all_calls():
+            for _ in range(rounds):
+                for copy, call in enumerate(calls):
+                    results[copy] = call()
+
+        run, method = all_calls, "events"
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured, stream=stream):
+                all_calls()
+            run, method = captured.replay, "graph"
+        samples = _sample_cuda(run, stream, seconds)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    each = rounds * copies
+    return _summary([sample / each for sample in samples], method, peak.mib)
+
+
+def _sample_cpu(call: Call, seconds: float) -> list[float]:
+    samples, began = [], time.perf_counter()
+    while len(samples) < _MIN_SAMPLES or (
+        len(samples) < _MAX_SAMPLES and time.perf_counter() - began < seconds
+    ):
+        start = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - start)
+    return samples
+
+
+def _sample_cuda(run: Call, stream: torch.cuda.Stream, seconds: float) -> list[float]:
+    def timed(count: int) -> list[float]:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        marks[0].record(stream)
+        for mark in marks[1:]:
+            run()
+            mark.record(stream)
+        stream.synchronize()
+        return [a.elapsed_time(b) * 1e-3 for a, b in zip(marks, marks[1:], strict=False)]
+
+    estimate = statistics.median(timed(_MIN_SAMPLES))  # and clocks go up meanwhile
+    count = int(seconds / max(estimate, 1e-7))
+    return timed(min(max(count, _MIN_SAMPLES), _MAX_SAMPLES))
+
+
+class peak_memory:
+    """After it ``mib`` is the most memory that was allocated within, above what was before; None
+    on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.mib = device, None
+
+    def __enter__(self) -> "peak_memory":
+        if self.device.type == "cuda":
+            self.before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device) - self.before
+            self.mib = round(peak / 2**20, 1)
+
+
+def _summary(samples: list[float], method: str, peak_mib: float | None) -> Timing:
+    low, high = quantiles(samples)
+    return Timing(statistics.median(samples), low, high, len(samples), method, peak_mib)
+
+
+def quantiles(samples: list[float]) -> tuple[float, float]:
+    """20 % and 80 % quantile of at least two samples."""
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return fifths[0], fifths[-1]
+
+
+def check(
+    ours: Mapping[str, Tensor],
+    eager: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    *,
+    maximum: bool,
+) -> None:
+    """``ours`` errs at most twice as much as ``eager``, both against ``exact``.
+
+    One rounding of the dtype is always granted: eager may be exact by luck.
+
+    Args:
+        ours, eager: results by name, in the dtype that is measured
+        exact: the same in float64
+        maximum: hold the largest error to it, too, not only the norm. Not for gradients: where a
+            ReLU's input is within rounding of 0 its mask is chance, and one such pixel is the
+            maximum
+
+    Raises:
+        WrongResult: names the tensor and by how much it errs
+    """
+    for name, truth in exact.items():
+        mine, theirs = ours[name], eager[name]
+        if mine.shape != truth.shape:
+            raise WrongResult(
+                f"{name} must have shape {tuple(truth.shape)}, got {tuple(mine.shape)}"
+            )
+        if not mine.isfinite().all():
+            raise WrongResult(f"{name} must be finite, and is not")
+        rounding = torch.finfo(mine.dtype).eps
+        measures = [("norm", _norm)] + ([("maximum", _largest)] if maximum else [])
+        for measure, size in measures:
+            error = size(mine.double() - truth)
+            allowed = 2 * size(theirs.double() - truth) + rounding * size(truth)
+            if not error <= allowed:
+                raise WrongResult(
+                    f"{name}: {measure} of the error must be at most {allowed:.3g}, twice "
+                    f"eager's, got {error:.3g}"
+                )
+
+
+def _norm(t: Tensor) -> float:
+    return t.norm().item()
+
+
+def _largest(t: Tensor) -> float:
+    return t.abs().max().item()
+
+
+# --- what the card at hand can do ---------------------------------------------------------------
+
+
+def copy_bandwidth(device: torch.device, size: int, seconds: float) -> float:
+    """Bytes/s, read plus written, of copying ``size`` bytes.
+
+    Raises:
+        WrongResult: the copy differs
+    """
+    source = torch.arange(size // 4, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    if not torch.equal(source, target):
+        raise WrongResult("copy: what arrived differs from what was sent")
+    timing = time_calls(
+        lambda _: lambda: target.copy_(source), device, input_bytes=2 * size, seconds=seconds
+    )
+    return 2 * source.nbytes / timing.median
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> float:
+    """FLOP/s of a ``size`` cubed matrix product: what PyTorch's own library reaches.
+
+    float32 runs without TF32, as the package's own float32 does.
+
+    Raises:
+        WrongResult: the product's first rows are off
+    """
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    product, exact = (a @ b)[:16].double(), a[:16].double() @ b.double()
+    # rounding of the result, and of the sums in float32
+    error, allowed = _norm(product - exact), (torch.finfo(dtype).eps + 1e-4) * _norm(exact)
+    if not error <= allowed:
+        raise WrongResult(
+            f"matmul: norm of the error must be at most {allowed:.3g}, got {error:.3g}"
+        )
+    timing = time_calls(
+        lambda _: lambda: torch.mm(a, b), device, input_bytes=3 * a.nbytes, seconds=seconds
+    )
+    return 2 * size**3 / timing.median

@@ -1,0 +1,255 @@
+"""Training steps and forward passes to be timed: the package's and plain PyTorch's (``step.py``).
+
+Each is called once a step, on pictures of its own that never change. Plain PyTorch is the same
+network of PyTorch's own operations: eager or under torch.compile, in float32 or with autocast,
+perhaps replayed from a CUDA graph. All start from the same weights and the same batch.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.suite import Unavailable
+from cifar_resnet_fast.engine import DTYPES, Engine
+from cifar_resnet_fast.resnet import FastResNet
+
+LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4
+LOSS_SCALE = 1024.0  # of float16: keeps small gradients
+_WARMUP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Which network, on how many pictures, in which dtype, where."""
+
+    depth: int
+    batch: int
+    dtype: str
+    device: torch.device
+
+    def model(self, implementation: str) -> FastResNet:
+        """The network with its first weights, the same ones every time, in float32."""
+        torch.manual_seed(0)
+        return FastResNet(self.depth, implementation=implementation).to(self.device)
+
+    def pictures(self) -> tuple[Tensor, Tensor]:
+        """[N, 3, 32, 32] float32 and [N] int64, the same ones every time."""
+        generator = torch.Generator(self.device).manual_seed(1)
+        shape = (self.batch, 3, 32, 32)
+        images = torch.randn(shape, device=self.device, generator=generator)
+        labels = torch.randint(10, (self.batch,), device=self.device, generator=generator)
+        return images, labels
+
+
+@dataclass(frozen=True)
+class Plain:
+    """How plain PyTorch runs: dtype None is autocast in the problem's, else all of it is in it."""
+
+    dtype: torch.dtype | None = None
+    channels_last: bool = True
+    graph: bool = False
+    compile_mode: str | None = None
+
+
+FP32 = Plain(torch.float32, channels_last=False)
+EXACT = Plain(torch.float64)
+EAGER = Plain()
+PLAIN = {
+    "eager fp32": FP32,
+    "eager": EAGER,
+    "eager graph": Plain(graph=True),
+    "compile graph": Plain(graph=True, compile_mode="default"),
+    # torch.compile's own graphs would copy the pictures; ours holds the whole step
+    "compile max-autotune graph": Plain(graph=True, compile_mode="max-autotune-no-cudagraphs"),
+}
+
+
+class TrainingStep:
+    """One training step: forward, loss, backward, SGD. ``replays``: from a graph of its own."""
+
+    def __init__(self, step: Callable[[], Tensor], model: FastResNet, replays: bool = False):
+        self._step, self._model, self.replays = step, model, replays
+
+    def __call__(self) -> Tensor:
+        """Take a step; returns its loss."""
+        return self._step()
+
+    def first_update(self) -> dict[str, Tensor]:
+        """Take the first step; how it changes the weights, all of them in one row."""
+
+        def weights() -> Tensor:
+            return torch.cat([p.detach().flatten() for p in self._model.parameters()])
+
+        before = weights().clone()
+        self()
+        return {"update": weights() - before}
+
+
+def plain_step(problem: Problem, how: Plain) -> TrainingStep:
+    """A training step in plain PyTorch."""
+    model, images, labels = _plain_network(problem, how)
+    model.train()
+    fused = problem.device.type == "cuda"
+    optimizer = torch.optim.SGD(
+        model.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=fused
+    )
+    scale = LOSS_SCALE if how.dtype is None and problem.dtype == "fp16" else 1.0
+    forward = _compiled(model, how)
+
+    def step() -> Tensor:
+        with _autocast(problem, how):
+            logits = forward(images)
+        loss = F.cross_entropy(logits if logits.dtype == torch.double else logits.float(), labels)
+        optimizer.zero_grad()
+        (loss * scale).backward()
+        if scale != 1:
+            torch._foreach_mul_([p.grad for p in model.parameters()], 1 / scale)
+        optimizer.step()
+        return loss.detach()
+
+    if not how.graph:
+        return TrainingStep(step, model)
+    initial = [value.clone() for value in model.state_dict().values()]
+
+    def restart() -> None:
+        """As if no step had been taken: momentum starts from the first gradient either way."""
+        for value, first in zip(model.state_dict().values(), initial, strict=True):
+            value.copy_(first)
+        for state in optimizer.state.values():
+            state["momentum_buffer"].zero_()
+
+    replay = _captured(step, problem.device)
+    restart()
+    return TrainingStep(replay, model, replays=True)
+
+
+def package_step(problem: Problem, implementation: str) -> TrainingStep:
+    """The package's training step, as ``cifar_resnet_fast.train`` takes it.
+
+    Raises:
+        Unavailable: the network does not run in ``implementation`` here
+    """
+    engine = Engine(
+        problem.model(implementation),
+        device=problem.device,
+        dtype=DTYPES[problem.dtype],
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+    )
+    images, labels = problem.pictures()
+    images = images.to(DTYPES[problem.dtype], memory_format=torch.channels_last)
+    with _unavailable(), torch.no_grad(), _autocast(problem, EAGER):
+        engine.model.eval()(images[:1])
+    return TrainingStep(lambda: engine.train_step(images, labels, LR)[0], engine.model)
+
+
+def plain_inference(problem: Problem, how: Plain) -> tuple[Callable[[], Tensor], bool]:
+    """A forward pass in evaluation in plain PyTorch, and whether it replays a graph of its own."""
+    model, images, _ = _plain_network(problem, how)
+    _settle(model, images)
+    forward = _compiled(model.eval(), how)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        with _autocast(problem, how):
+            return forward(images)
+
+    return (_captured(run, problem.device), True) if how.graph else (run, False)
+
+
+def package_inference(problem: Problem, implementation: str) -> tuple[Callable[[], Tensor], bool]:
+    """The package's forward pass in evaluation, on a GPU in a CUDA graph; as ``plain_inference``.
+
+    Raises:
+        Unavailable: the network does not run in ``implementation`` here
+    """
+    model, (images, _) = problem.model(implementation), problem.pictures()
+    model = model.to(memory_format=torch.channels_last)
+    images = images.to(memory_format=torch.channels_last)
+    settled = problem.model("reference")
+    _settle(settled, images)
+    model.load_state_dict(settled.state_dict())
+    model.eval()
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        with _autocast(problem, EAGER):
+            return model(images)
+
+    with _unavailable():
+        run()
+    return (
+        (_captured(run, problem.device), True) if problem.device.type == "cuda" else (run, False)
+    )
+
+
+def _plain_network(problem: Problem, how: Plain) -> tuple[FastResNet, Tensor, Tensor]:
+    model, (images, labels) = problem.model("reference"), problem.pictures()
+    form = torch.channels_last if how.channels_last else torch.contiguous_format
+    dtype = how.dtype or torch.float32
+    model = model.to(dtype=dtype, memory_format=form)
+    return model, images.to(dtype, memory_format=form), labels
+
+
+@torch.no_grad()
+def _settle(model: FastResNet, images: Tensor) -> None:
+    """Set the running statistics to the pictures' own, so that activations keep their size.
+
+    Computed in float32 whatever the model's dtype is: all of them then have the same.
+    """
+    twin = FastResNet(model.depth, implementation="reference").to(images.device)
+    twin.load_state_dict(model.state_dict())
+    for module in twin.train().modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    more = torch.Generator(images.device).manual_seed(2)
+    shape = (64, *images.shape[1:])  # one picture alone has no variance to speak of
+    twin(torch.randn(shape, device=images.device, generator=more))
+    model.load_state_dict(twin.state_dict())
+
+
+def _compiled(model: FastResNet, how: Plain) -> Callable[[Tensor], Tensor]:
+    if how.compile_mode is None:
+        return model
+    torch._dynamo.reset()  # a function's code is compiled only so often before it runs eagerly
+    return torch.compile(model, fullgraph=True, dynamic=False, mode=how.compile_mode)
+
+
+def _autocast(problem: Problem, how: Plain) -> contextlib.AbstractContextManager:
+    if how.dtype is not None or problem.dtype == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(problem.device.type, dtype=DTYPES[problem.dtype])
+
+
+def _captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """``run`` as one launch of a CUDA graph; its result is overwritten by the next launch."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(_WARMUP_STEPS):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+@contextlib.contextmanager
+def _unavailable():
+    """What ``ops.choose`` says of an implementation that cannot run here, as Unavailable."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "cannot run" not in str(error):
+            raise
+        raise Unavailable(str(error)) from None

@@ -1,0 +1,159 @@
+"""The whole training step and inference, beside plain PyTorch: ``python -m bench.step``.
+
+A training step is forward, loss, backward and SGD, without a loader. Beside the package's own
+(``auto``, and each implementation by name) run eager float32 (NCHW), eager autocast
+(channels-last), the same in a CUDA graph, and torch.compile, default and max-autotune, in a CUDA
+graph. The first step's change of the weights, and inference's logits, are held against float64
+before anything is timed.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable
+
+from torch import Tensor
+
+from bench import roofline
+from bench.cards import Card
+from bench.measure import check, peak_memory, time_calls
+from bench.networks import (
+    EAGER,
+    EXACT,
+    PLAIN,
+    Problem,
+    TrainingStep,
+    package_inference,
+    package_step,
+    plain_inference,
+    plain_step,
+)
+from bench.suite import FAILURES, Suite, Unavailable, flags, rates, timed
+from cifar_resnet_fast import ops
+from cifar_resnet_fast.engine import DTYPES
+from cifar_resnet_fast.resnet import check_depth
+
+PACKAGE = ("auto", *(name for name in ops.IMPLEMENTATIONS if name != "reference"))
+CHECKED_PICTURES = 128  # of a training step: float64 needs eight times the memory or more
+
+
+def verify_step(problem: Problem, name: str) -> None:
+    """Raise WrongResult where the first step is further from float64 than eager may be."""
+    small = Problem(
+        problem.depth, min(problem.batch, CHECKED_PICTURES), problem.dtype, problem.device
+    )
+    ours = make_step(small, name).first_update()
+    eager, exact = (plain_step(small, how).first_update() for how in (EAGER, EXACT))
+    check(ours, eager, exact, maximum=False)
+
+
+def make_step(problem: Problem, name: str) -> TrainingStep:
+    return package_step(problem, name) if name in PACKAGE else plain_step(problem, PLAIN[name])
+
+
+def make_inference(problem: Problem, name: str) -> tuple[Callable[[], Tensor], bool]:
+    if name in PACKAGE:
+        return package_inference(problem, name)
+    return plain_inference(problem, PLAIN[name])
+
+
+def measure(suite: Suite, card: Card, problem: Problem, phase: str, name: str) -> None:
+    """Verify one implementation of a training step or of inference, then time it."""
+    key = {
+        "phase": phase,
+        "depth": problem.depth,
+        "dtype": problem.dtype,
+        "batch": problem.batch,
+        "implementation": name,
+    }
+    shape = (problem.depth, problem.batch, problem.dtype)
+    try:
+        if phase == "training":
+            works = roofline.training_step(*shape)[1:]  # no loader
+            verify_step(problem, name)
+            with peak_memory(suite.device) as peak:
+                run = make_step(problem, name)
+                run()
+            replays = run.replays
+        else:
+            works = roofline.inference(*shape)
+            with peak_memory(suite.device) as peak:
+                run, replays = make_inference(problem, name)
+                run()
+            eager, exact = (plain_inference(problem, how)[0]() for how in (EAGER, EXACT))
+            check({"logits": run()}, {"logits": eager}, {"logits": exact}, maximum=True)
+            del eager, exact
+        moved = sum(work.bytes for work in works)
+        timing = time_calls(
+            lambda _: run, suite.device, input_bytes=moved, seconds=suite.seconds, graph=False
+        )
+    except FAILURES as error:
+        suite.add_failure(key, error)
+        return
+    flops = sum(work.flops for work in works)
+    row = {
+        **key,
+        **timed(timing),
+        "peak_mib": peak.mib,  # with weights, optimiser and a graph's own memory
+        **rates(timing, card, problem.dtype, moved, flops),
+        # launch after launch: tighter than the sums' floor
+        "floor_us": round(1e6 * roofline.floors(works, card, problem.dtype).kernels, 3),
+        "images_per_second": round(problem.batch / timing.median, 1),
+        "own_graph": replays,
+    }
+    suite.add(
+        row,
+        f"{phase:9} ResNet-{problem.depth:<4} {problem.dtype} {problem.batch:5} {name:26} "
+        f"{row['us'] / 1e3:9.3f} ms ({row['us_20'] / 1e3:.3f} - {row['us_80'] / 1e3:.3f})  "
+        f"{row['images_per_second']:9.0f} images/s  floor {row['floor_us'] / 1e3:.3f} ms",
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = flags("step", __doc__.partition("\n\n")[2])
+    parser.add_argument("--phase", nargs="+", choices=("training", "inference"))
+    parser.add_argument("--depth", type=int, nargs="+")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
+    parser.add_argument("--batch-size", type=int, nargs="+")
+    names = (*PLAIN, *PACKAGE)
+    parser.add_argument("--implementation", nargs="+", choices=names, metavar="NAME")
+    options = parser.parse_args(arguments)
+    try:
+        for depth in options.depth or ():
+            check_depth(depth)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    if min(options.batch_size or (1,)) < 1:
+        parser.error(f"--batch-size must be at least 1, got {min(options.batch_size)}")
+    suite = Suite("step", options)
+    depths, dtypes = options.depth or (20, 56, 110), options.dtype or ("fp16", "bf16")
+    batches = {"training": (128, 1024), "inference": (1, 1024)}
+    chosen = options.implementation or names
+    if suite.quick:
+        depths, dtypes = options.depth or (56,), options.dtype or ("fp16",)
+        batches = {"training": (1024,), "inference": (1024,)}
+        # compiling takes minutes
+        chosen = options.implementation or [name for name in names if "compile" not in name]
+    if not suite.on_gpu:
+        depths, dtypes = options.depth or (8,), options.dtype or ("fp32",)
+        batches = {"training": (4,), "inference": (4,)}
+        chosen = options.implementation or ("eager fp32", "auto")
+        if any(name not in ("eager fp32", "eager", "auto") for name in chosen):
+            parser.error("--implementation must be eager fp32, eager or auto with --device cpu")
+    card = suite.measured_card()
+    problems = [
+        (phase, Problem(depth, batch, dtype, suite.device))
+        for phase in options.phase or batches
+        for depth, dtype in itertools.product(depths, dtypes)
+        for batch in options.batch_size or batches[phase]
+    ]
+    for (phase, problem), name in suite.progress(list(itertools.product(problems, chosen))):
+        try:
+            measure(suite, card, problem, phase, name)
+        except Unavailable as error:
+            if options.implementation:  # who names one wants to know
+                suite.add_failure({"phase": phase, "implementation": name}, error)
+    return suite.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

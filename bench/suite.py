@@ -1,0 +1,221 @@
+"""What the suites share: flags, the header of every result, and the file they go to.
+
+A result is one line of JSON in ``bench/results/<card>-<date>.jsonl`` with the header's fields in
+it: ``suite``, ``card``, ``driver``, ``torch``, ``triton``, ``python``, ``commit``, ``date``,
+``quick``. Lines are appended, and only by these suites: a later one replaces an earlier one of the
+same suite and the same case (``bench/report.py``).
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch._dynamo.exc import TorchDynamoException
+
+from bench.cards import Card
+from bench.measure import Timing, WrongResult, copy_bandwidth, matmul_rate
+
+
+class Unavailable(Exception):
+    """An implementation that cannot run a case here, and why."""
+
+
+# what costs one case its time and leaves the others theirs
+FAILURES = (WrongResult, torch.OutOfMemoryError, TorchDynamoException)
+RESULTS = Path(__file__).parent / "results"
+
+
+def flags(suite: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that all suites have."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{suite}", description=description)
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu measures the reference with tiny sizes (default: cuda)",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer cases, shorter samples")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of the results (default: bench/results)"
+    )
+    return parser
+
+
+class Suite:
+    """One run of a suite: where it runs, and where its results go.
+
+    Exits with status 2 and one line on stderr where the device is not there.
+
+    Args:
+        name: of the suite, the module's
+        options: parsed from ``flags``
+    """
+
+    def __init__(self, name: str, options: argparse.Namespace):
+        if options.device == "cuda" and not torch.cuda.is_available():
+            print(
+                f"python -m bench.{name} needs a CUDA GPU and PyTorch finds none; "
+                "--device cpu measures the reference with tiny sizes",
+                file=sys.stderr,
+            )
+            raise SystemExit(2)
+        self.device = torch.device(options.device)
+        self.on_gpu = self.device.type == "cuda"
+        self.quick = options.quick
+        self.seconds = 0.05 if options.quick or not self.on_gpu else 0.3
+        self.header = {"suite": name, **header(self.device), "quick": options.quick}
+        slug = re.sub(r"[^a-z0-9]+", "-", self.header["card"].lower()).strip("-")
+        self.path = options.out / f"{slug}-{self.header['date']}.jsonl"
+        self.console = Console(stderr=True)
+        self.wrong = 0
+        if self.on_gpu:
+            torch.backends.cudnn.benchmark = True  # what anyone who wants speed sets
+        options.out.mkdir(parents=True, exist_ok=True)
+        print("  ".join(f"{key} {value}" for key, value in self.header.items()))
+
+    def measured_card(self) -> Card:
+        """What this card reaches: a large copy, and PyTorch's own matrix product. Kept, too."""
+        copied, side = (2**30, 8192) if self.on_gpu else (2**26, 512)
+        bandwidth = copy_bandwidth(self.device, copied, self.seconds)
+        fp32 = matmul_rate(self.device, torch.float32, side, self.seconds)
+        tensor = (
+            matmul_rate(self.device, torch.float16, side, self.seconds) if self.on_gpu else fp32
+        )
+        rates = {"copy_gb_s": bandwidth / 1e9, "fp16_tflop_s": tensor / 1e12}
+        rates["fp32_tflop_s"] = fp32 / 1e12
+        rates = {name: round(value, 3) for name, value in rates.items()}
+        self.add(
+            {"suite": "card", **rates},
+            f"measured: copy {rates['copy_gb_s']:.4g} GB/s, matrix product "
+            f"{rates['fp16_tflop_s']:.4g} TFLOP/s in 16 bits, {rates['fp32_tflop_s']:.4g} in fp32",
+        )
+        return Card(self.header["card"], bandwidth, tensor, fp32, None, "measured")
+
+    def progress(self, cases: list) -> Iterable:
+        """``cases`` under a bar where stderr is a terminal."""
+        return track(
+            cases,
+            self.header["suite"],
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
+    def add(self, row: dict, line: str) -> None:
+        """Keep a result and print its line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({**self.header, **row}) + "\n")
+        print(line, flush=True)
+
+    def add_failure(self, case: dict, error: Exception) -> None:
+        """A case without a time, and why. A wrong result also shows in the suite's exit status."""
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, WrongResult):
+            self.wrong += 1
+            reason = f"wrong result: {reason}"
+        elif isinstance(error, torch.OutOfMemoryError):
+            reason = "out of memory"
+        self.add({**case, "no_time": reason}, f"{describe(case)}  NO TIME: {reason}")
+
+    def finish(self) -> int:
+        """The exit status: 1 if a result was wrong."""
+        print(f"results in {self.path}" + (f"; {self.wrong} wrong" if self.wrong else ""))
+        return 1 if self.wrong else 0
+
+
+def describe(case: dict) -> str:
+    """The values of a case in one line."""
+    return "  ".join(str(value) for value in case.values())
+
+
+def timed(timing: Timing) -> dict:
+    """A timing as fields of a result: microseconds, and MiB at the peak of a call."""
+    return {
+        "us": round(timing.median * 1e6, 3),
+        "us_20": round(timing.low * 1e6, 3),
+        "us_80": round(timing.high * 1e6, 3),
+        "samples": timing.samples,
+        "method": timing.method,
+        "peak_mib": timing.peak_mib,
+    }
+
+
+def rates(timing: Timing, card: Card, dtype: str, moved: int, flops: int) -> dict:
+    """What a time comes to, as fields of a result.
+
+    Args:
+        card: measured, of which the shares are
+        moved, flops: bytes and operations of the call, at least (``bench/traffic.py``)
+    """
+    seconds, arithmetic = timing.median, card.arithmetic(dtype)
+    return {
+        "bytes": moved,
+        "flops": flops,
+        "gb_s": round(moved / seconds / 1e9, 1),
+        "tflop_s": round(flops / seconds / 1e12, 3),
+        "bandwidth_share": round(moved / seconds / card.bandwidth, 4),
+        "arithmetic_share": round(flops / seconds / arithmetic, 4),
+        "floor_us": round(max(moved / card.bandwidth, flops / arithmetic) * 1e6, 3),
+    }
+
+
+def header(device: torch.device) -> dict[str, str | None]:
+    """What a time depends on besides the code: card, versions, commit, date."""
+    on_gpu = device.type == "cuda"
+    return {
+        "card": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if on_gpu
+        else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    """``CPU``, the model where Linux tells, and the threads in use."""
+    try:
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        model = None
+    name = model[1] if model else platform.machine()
+    return f"CPU {name}, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Short hash of the checkout, with a + where tracked files differ from it; None outside."""
+    root = str(Path(__file__).parents[1])
+    commit = _output("git", "-C", root, "rev-parse", "--short=10", "HEAD")
+    if commit is None:
+        return None
+    changed = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
+    return commit + ("+" if changed else "")
+
+
+def _output(*command: str) -> str | None:
+    """First line of what ``command`` prints; None where it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (done.stdout.splitlines() or [""])[0].strip() or None

@@ -1,0 +1,84 @@
+"""What must be right before a time is taken, and the time itself, on a CPU."""
+
+import time
+
+import pytest
+import torch
+
+from bench.measure import WrongResult, check, copy_bandwidth, matmul_rate, quantiles, time_calls
+
+CPU = torch.device("cpu")
+
+
+def results(dtype):
+    """The same sums in ``dtype`` and in float64."""
+    torch.manual_seed(0)
+    a, b = torch.randn(64, 64), torch.randn(64, 64)
+    a, b = a.to(dtype), b.to(dtype)
+    return {"out": a @ b}, {"out": a.double() @ b.double()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_right_results_pass(dtype):
+    eager, exact = results(dtype)
+    check(eager, eager, exact, maximum=True)
+    nearby = {"out": exact["out"].to(dtype)}
+    check(nearby, eager, exact, maximum=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t: t * 1.03, "out: norm of the error"),
+        (lambda t: t.index_fill(0, torch.tensor(3), float("nan")), "out must be finite"),
+        (lambda t: t[:-1], "out must have shape"),
+        (lambda t: torch.zeros_like(t), "out: norm of the error"),
+    ],
+    ids=["3 % off", "a NaN", "a row short", "nothing computed"],
+)
+def test_wrong_results_do_not(spoil, words):
+    eager, exact = results(torch.bfloat16)
+    with pytest.raises(WrongResult, match=words):
+        check({"out": spoil(eager["out"])}, eager, exact, maximum=True)
+
+
+def test_one_wrong_number_is_seen_in_the_maximum():
+    eager, exact = results(torch.bfloat16)
+    off = {"out": eager["out"].clone()}
+    off["out"][5, 5] += 1
+    check(off, eager, exact, maximum=False)
+    with pytest.raises(WrongResult, match="out: maximum of the error"):
+        check(off, eager, exact, maximum=True)
+
+
+def test_time_is_the_calls():
+    timing = time_calls(lambda _: lambda: time.sleep(0.01), CPU, input_bytes=1, seconds=0.05)
+    assert 0.01 <= timing.low <= timing.median <= timing.high
+    assert timing.median < 0.1  # of a sleep of 0.01, on a machine that is busy with others
+    assert (timing.method, timing.peak_mib) == ("clock", None)
+    assert timing.samples >= 2
+
+
+def test_quantiles():
+    assert quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == (2.0, 5.0)
+
+
+def test_ceilings_are_plausible():
+    """More than a thousandth, less than a thousand times of what any CPU core does."""
+    assert 1e8 < copy_bandwidth(CPU, 2**22, 0.01) < 1e13
+    assert 1e8 < matmul_rate(CPU, torch.float32, 128, 0.01) < 1e14
+
+
+@pytest.mark.gpu
+def test_time_on_a_gpu_is_of_the_graph_and_beyond_the_cache():
+    """Adding one to 64 MB: no faster than a copy of it, with inputs too small for the cache."""
+    device = torch.device("cuda")
+
+    def prepare(copy):
+        x = torch.full((2**20,), float(copy), device=device)
+        return lambda: x.add_(1)
+
+    timing = time_calls(prepare, device, input_bytes=2**23, seconds=0.05)
+    assert timing.method == "graph"
+    assert timing.peak_mib is not None
+    assert 2**23 / timing.median < 1.3 * copy_bandwidth(device, 2**28, 0.05)
