@@ -1,0 +1,150 @@
+"""Report and charts from stored results, made up here: every number of theirs is in the report."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from bench import report
+from bench.cases import CASES
+
+HEADER = {
+    "card": "Test Card 9000",
+    "driver": "1.2",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "python": "3.12.1",
+    "commit": "0123456789",
+    "date": "2026-01-02",
+    "quick": False,
+}
+
+
+def timing(us):
+    return {"us": us, "us_20": 0.96 * us, "us_80": 1.09 * us, "samples": 100, "method": "graph"}
+
+
+def made_up():
+    """Rows as the suites write them, with a failure and with three seeds of a training."""
+    rates = {"copy_gb_s": 3000.0, "fp16_tflop_s": 600.0, "fp32_tflop_s": 50.0}
+    rows = [{"suite": "card", **rates}]
+    names = ("cuda", "triton", "eager", "compile")
+    for i, case in enumerate(CASES):
+        for (j, phase), (k, name) in itertools.product(
+            enumerate(("forward", "backward", "both")), enumerate(names)
+        ):
+            key = {"operation": case.operation, "place": case.place, "dtype": "fp16"}
+            key |= {"batch": 1024, "implementation": name}
+            if (i, name) == (0, "cuda"):
+                if j == 0:
+                    reason = "wrong result: dx: norm of the error"
+                    rows.append({"suite": "kernels", **key, "no_time": reason})
+                continue
+            floor = 20.0 + 3 * i + 11 * j
+            us = floor * (1.2, 2.6, 5.3, 3.4)[k]
+            row = {**key, "phase": phase, **timing(us), "floor_us": floor, "peak_mib": 64.0}
+            rows.append({"suite": "kernels", **row})
+    steps = {"eager fp32": 90.0, "eager": 30.0, "eager graph": 20.0, "compile graph": 17.0}
+    steps |= {"compile max-autotune graph": 15.0, "auto": 4.25, "cuda": 4.125, "triton": 9.0}
+    for depth, phase in itertools.product((20, 56), ("training", "inference")):
+        for name, ms in steps.items():
+            us = 1e3 * ms * depth / 56 * (1 if phase == "training" else 0.3)
+            row = {"phase": phase, "depth": depth, "dtype": "fp16", "batch": 1024}
+            row |= {"implementation": name, **timing(us), "floor_us": 52.0 * depth}
+            row |= {"peak_mib": 4321.0, "images_per_second": 1024e6 / us}
+            rows.append({"suite": "step", **row})
+    for name, us in (("package", 21.5), ("torchvision", 98765.0)):
+        row = {"dtype": "fp16", "batch": 1024, "implementation": name, **timing(us)}
+        row |= {"images_per_second": 1024e6 / us, "floor_us": 4.5}
+        rows.append({"suite": "loader", **row})
+    for seed, accuracy in enumerate((0.93, 0.932, 0.934)):
+        row = {"depth": 56, "implementation": "auto", "dataset": "cifar10", "dtype": "fp16"}
+        row |= {"batch": 1024, "epochs": 160, "limit": None, "seed": seed, "accuracy": accuracy}
+        row |= {"seconds": 35.0 + seed, "start_seconds": 9.0, "target": 0.93}
+        row |= {"seconds_to_target": None if seed == 2 else 30.0, "epochs_to_target": 130}
+        rows.append({"suite": "train", **row})
+    return [{**HEADER, **row} for row in rows]
+
+
+@pytest.fixture
+def results(tmp_path):
+    path = tmp_path / "test-card-9000-2026-01-02.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made_up()))
+    return path
+
+
+def test_report_has_the_numbers(results, tmp_path, capsys):
+    assert report.main([str(results), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert str(tmp_path / "out" / "report.md") in capsys.readouterr().out
+    assert "## Test Card 9000, 2026-01-02" in text
+    assert "driver 1.2; torch 2.11.0; triton 3.6.0; python 3.12.1; commit 0123456789." in text
+    assert "copy 3000 GB/s" in text
+    # the second case of CASES forward, floor 23: cuda 1.2, triton 2.6, eager 5.3, compile 3.4
+    case = f"| {CASES[1].operation} {CASES[1].place}, forward | 23.0 | "
+    times = [f"{t:.1f} ({0.96 * t:.1f} - {1.09 * t:.1f})" for t in (27.6, 59.8, 121.9, 78.2)]
+    line = next(line for line in text.splitlines() if line.startswith(case))
+    assert {cell.strip() for cell in line.split("|")} == {"", *times, "23.0", "83%", case[2:-10]}
+    # ResNet-56: 90 ms against 4.125, floor 2.912
+    assert "| cuda | 4.125 (3.960 - 4.496) | 248,242 | 21.8x | 71% | 4,321 |" in text
+    assert "* conv_bn_relu, 32x32x3 to 16, fp16, 1024, cuda: wrong result: dx" in text
+    assert "| package, fp16, batch 1024 | 21.5 (20.6 - 23.4) | 47,627,907 | 4.5 |" in text
+    assert "| 3 | 93.20 ± 0.20 | 36.0 ± 1.0 | 93 %: 30.0 ± 0.0 s, 2 of 3 |" in text
+
+
+def test_prediction_is_called_one(results, tmp_path):
+    report.main([str(results), "--out", str(tmp_path)])
+    measured, predicted = (tmp_path / "report.md").read_text().split("## RTX 3080")
+    assert predicted.startswith(": a prediction, not a measurement")
+    figures = [line for line in predicted.splitlines() if line.startswith("* ResNet")]
+    assert len(figures) == 3
+    assert all("PREDICTION, not a measurement" in line for line in figures)
+    assert predicted.count("* assumed: ") >= 5
+    assert "RTX" not in measured
+
+
+def test_charts_render(results, tmp_path):
+    """Not blank, and with as much colour as there are implementations."""
+    assert report.main([str(results), "--out", str(tmp_path)]) == 0
+    charts = sorted(tmp_path.glob("*.png"))
+    assert [chart.name.split("-")[0] for chart in charts] == ["kernels", "step"]
+    for chart, implementations in zip(charts, (4, 8), strict=True):
+        pixels = imread(chart)[..., :3]
+        assert pixels.shape[1] > 1000
+        # bars are areas of one colour that is neither black nor white
+        red, green, blue = np.round(255 * pixels).astype(np.int64).transpose(2, 0, 1)
+        colours, counts = np.unique(red << 16 | green << 8 | blue, return_counts=True)
+        coloured = (colours != 0xFFFFFF) & (colours != 0)
+        assert (coloured & (counts > red.size / 2000)).sum() >= implementations
+
+
+def test_the_last_result_of_a_case_counts(results):
+    first = report.read_results([results])
+    again = next(row for row in first if row["suite"] == "step")
+    with results.open("a") as file:
+        file.write(json.dumps({**again, "us": 1.5}) + "\n")
+        file.write(json.dumps({**again, "us": 2.5, "date": "2026-01-03"}) + "\n")
+    rows = report.read_results([results])
+    assert len(rows) == len(first) + 1
+    assert [row["us"] for row in rows[-2:]] == [1.5, 2.5]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"suite": "step"}', '{"suite": "cooking"}'])
+def test_a_damaged_line_is_named(line, results, capsys):
+    number = results.read_text().count("\n") + 1
+    with results.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(results), "--out", str(results.parent)])
+    assert stop.value.code == 2
+    assert f"{results}, line {number}: " in capsys.readouterr().err
+
+
+def test_nothing_to_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        report.main([])
+    assert stop.value.code == 2
+    assert "no results in" in capsys.readouterr().err
