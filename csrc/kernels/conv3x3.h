@@ -1,0 +1,116 @@
+// What the convolution kernels take, for code that knows nothing of CUDA. All functions queue
+// their work on `stream` (a cudaStream_t) and return a status: 0, a positive cudaError_t, or a
+// negative BadArgument. They check what would read or write out of bounds, nothing else.
+//
+// Activations are channels-last 16-bit tensors, 16-byte aligned, of one of three stages:
+//   stage 1: [N, 32, 32, 16]    stage 2: [N, 16, 16, 32]    stage 3: [N, 8, 8, 64]
+// y is a raw output of a convolution, x a finished activation (normalised, shortcut added, ReLU),
+// dz the gradient with respect to the output of a batch normalisation, masked by the ReLU behind
+// it. "Sums" are one row of 2 * channels floats for each block of the kernel that wrote them; the
+// next kernel merges them in its prologue, every block for itself and in the same order.
+#pragma once
+
+namespace cifar_resnet_fast {
+
+enum class Dtype { kFloat16, kBFloat16 };
+
+enum BadArgument : int {
+  kBadImages = -1,  // images must be 1 .. 65535
+  kBadChannels =
+      -2,  // channels must be 16, 32 or 64; at stride 2 those of the larger picture, 16 or 32
+  kBadBlocks = -3,    // blocks must be at least 1
+  kBadShortcut = -4,  // stage 1 has no shortcut from a stage before
+  kBadPointer = -5,   // a pointer that the kernel needs is null
+};
+const char* bad_argument_text(int status);
+
+// Batch normalisation of y from sums of y and y * y. Block 0 writes `saved` and the running
+// values.
+struct ForwardNorm {
+  const float* sums;    // [rows, 2, C]
+  int rows;             // blocks of the kernel that wrote them
+  const float* weight;  // [C]
+  const float* bias;    // [C]
+  float* running_mean;  // [C], updated in place
+  float* running_var;   // [C], updated in place with the unbiased variance
+  float* saved;         // [4, C] mean, invstd, scale, shift; for the backward pass
+  float momentum;       // weight of this batch in the running values
+  float eps;
+};
+
+// Gradient of that batch normalisation from sums of dz and dz * y. Block 0 writes dweight and
+// dbias.
+struct BackwardNorm {
+  const float* sums;    // [rows, 2, C]
+  int rows;             // blocks of the kernel that wrote them
+  const float* weight;  // [C]
+  const float* saved;   // [4, C] as written in the forward pass
+  float* dweight;       // [C]
+  float* dbias;         // [C]
+};
+
+// Weight gradient left over from the kernel before: slabs, one a block, to be added up.
+struct SlabSum {
+  const float* slabs;  // [count, 9, C, K]; null: nothing is left over
+  int count;
+  int C;           // a multiple of 4
+  int K;           // a multiple of 4
+  int C_kept;      // channels of the weight; the slabs' further ones are padding
+  float* dweight;  // [K, C_kept, 3, 3], written
+};
+
+enum class Shortcut {
+  kNone,      // nothing is added
+  kIdentity,  // of the stage of y
+  kOptionA,   // of the stage before: every second pixel, new channels zero, half of them in front
+};
+
+// F1: x = relu(norm(y) + shortcut); out = conv(x).   F2, where x is null: out =
+// conv(relu(norm(y))).
+struct ForwardParams {
+  const void* y;         // input of the normalisation, raw
+  ForwardNorm norm;      // of y
+  const void* shortcut;  // F1: as shortcut_kind says
+  Shortcut shortcut_kind;
+  void* x;             // F1: written, of the shape of y; F2: null
+  const void* weight;  // forward fragments, see weights.h
+  void* out;           // raw output
+  float* out_sums;     // [blocks, 2, output channels] of out and out * out
+  int images;
+};
+
+// dy = gradient of y = conv(input) through its batch normalisation, from dz.
+// B2: out = conv_T(dy) where norm(input) > 0, else 0;    a = relu(norm(input)); sums with input
+// B1: out = conv_T(dy) + residual where input > 0, else 0;  a = input;        sums with sums_with
+// Both: slabs of dweight = sum over pixels of a and dy. At stride 2 the residual is option A's.
+struct BackwardParams {
+  const void* dz;
+  const void* y;
+  BackwardNorm norm;         // of y
+  const void* input;         // B2: raw; B1: finished
+  const float* input_saved;  // B2: [4, C] of the normalisation of input; B1: null
+  const void* residual;      // B1: dz of the block's output; B2: null
+  const void* sums_with;     // B1: raw input of the normalisation that made the input; B2: null
+  const void* weight;        // backward fragments, see weights.h
+  void* out;                 // dz of the normalisation that made the input
+  float* out_sums;           // [slab rows, 2, C] of out and out * sums_with (B2: out * input)
+  float* slabs;              // [slab rows, 9, C, K]
+  SlabSum before;
+  int images;
+};
+
+// `channels` are those of y; at stride 2 the output is of the next stage. `overlap` lets the
+// kernel start while the one before still runs (sm_90): not for the first after the weights were
+// written.
+int conv3x3_forward(const ForwardParams& p, Dtype dtype, int channels, int stride, int blocks,
+                    bool overlap, void* stream);
+
+// `channels` are those of input. `blocks` is rounded up to slab rows * blocks a row.
+int conv3x3_backward(const BackwardParams& p, Dtype dtype, int channels, int stride, int blocks,
+                     bool overlap, void* stream);
+
+// Rows of out_sums and slabs that conv3x3_backward writes with `blocks`: blocks, or half of them
+// where two blocks share a row (64 channels).
+int conv3x3_backward_rows(int channels, int stride, int blocks);
+
+}  // namespace cifar_resnet_fast

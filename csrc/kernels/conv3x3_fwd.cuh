@@ -1,0 +1,376 @@
+// Forward 3x3 convolutions (F1 and F2 of conv3x3.h) that stream rows.
+//
+// A *unit* is an image, or a few side by side, that are streamed together, row by row. A *group*
+// of warps streams whole units; a block has one or more groups and meets only before and after.
+//   Producer warps  bring raw rows into a ring of shared memory, each lane its own 16-byte chunks
+//   of
+//                   its own (cp.async, several steps ahead); once there, the lane applies scale,
+//                   shift, shortcut and ReLU in registers, writes the chunk into a haloed row, and
+//                   for F1 to x.
+//   Convolution     warps make 16 output channels each from the haloed rows (conv_rows.cuh), and
+//   write
+//                   raw rows straight from registers: 8 bytes a lane, full 32-byte sectors.
+// A *step* is one or two rows. There are haloed rows for two steps: while the convolution warps
+// read one step's, the producers write the next step's. One named barrier a step orders both: at
+// barrier k the rows of step k are complete, and those of step k - 1, whose place step k + 1
+// takes, have been read.
+//
+// The first loads are on their way before the coefficients are made from the sums of the kernel
+// before, so that making them costs little. Images that are missing in the last unit are not
+// loaded or stored; their haloed rows are zeros, so they add nothing to the sums.
+#pragma once
+
+#include "bn_finalize.cuh"
+#include "conv3x3.h"
+#include "conv_rows.cuh"
+
+namespace cifar_resnet_fast {
+
+struct ForwardConfig {
+  int groups;      // in a block
+  int step_rows;   // between two barriers
+  int ring_steps;  // of raw rows that are on their way
+  int producers;   // warps of a group
+  int images;      // of a unit
+};
+
+// One H100, batch 1024, bfloat16, measured on prototypes of these kernels (2026-11); F1 / F2 in
+// microseconds, and their floor: bytes at 3.0 TB/s.
+template <int C, int STRIDE>
+constexpr ForwardConfig forward_config() {
+  if (STRIDE == 2) {
+    return C == 16 ? ForwardConfig{4, 2, 3, 1, 1}   // 44.7 / -  (39.1 / -)
+                   : ForwardConfig{2, 2, 2, 2, 2};  // 24.0 / -  (19.6 / -)
+  }
+  return C == 16   ? ForwardConfig{8, 1, 4, 1, 1}   // 52.6 / 27.9  (44.7 / 22.4)
+         : C == 32 ? ForwardConfig{4, 2, 3, 1, 1}   // 27.7 / 17.3  (22.4 / 11.2)
+                   : ForwardConfig{1, 1, 4, 4, 4};  // 17.4 / 15.6  (11.2 / 8.1, by the mma)
+}
+
+// FINISHES: F1, which writes the finished activation x
+template <int C, int STRIDE, bool FINISHES>
+struct ForwardGeometry {
+  static constexpr ForwardConfig kConfig = forward_config<C, STRIDE>();
+  using Row = HaloRow<C, Stage<C>::kSize>;
+  static constexpr int kImages = kConfig.images;
+  static constexpr int kOut = C * STRIDE;  // output channels
+  static constexpr int kConvolvers = kOut / 16;
+  static constexpr int kGroupWarps = kConvolvers + kConfig.producers;
+  static constexpr int kWarps = kGroupWarps * kConfig.groups;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kStepRows = kConfig.step_rows;
+
+  // a producer lane has so many chunks of each row, kChunkStride bytes apart in the ring
+  static constexpr int kChunks = kImages * kRowChunks / (kConfig.producers * 32);
+  static constexpr int kChunkStride = kConfig.producers * 512;
+  static constexpr int kRawRowBytes = (FINISHES ? 2 : 1) * kChunks * kChunkStride;
+  static constexpr int kHaloRowBytes = kImages * Row::kImageBytes;
+  static constexpr int kHaloBytes = 2 * kStepRows * kHaloRowBytes;
+  static constexpr int kGroupBytes = kHaloBytes + kConfig.ring_steps * kStepRows * kRawRowBytes;
+
+  // shared memory: coefficients, groups (later the warps' sums), scratch of the merge
+  static constexpr int kGroupsAt = (2 * C * 4 + 127) / 128 * 128;
+  static constexpr int kScratchAt = kGroupsAt + kConfig.groups * kGroupBytes;
+  static constexpr int kSharedBytes = kScratchAt + merge_bytes<C, kThreads>();
+  static_assert(kConfig.groups * kConvolvers * kWarpSumBytes <= kConfig.groups * kGroupBytes);
+  static_assert(kConfig.groups <= 15, "named barriers");
+};
+
+// Coefficients from the sums, and zeroed haloed rows; every warp of the block calls it once.
+template <class G, int C>
+DEVICE void begin_forward(const ForwardParams& p, uint32_t halo, int warp_of_group) {
+  const uint32_t start = shared_start();
+  const double count = static_cast<double>(p.images) * Stage<C>::kSize * Stage<C>::kSize;
+  forward_coefficients<C, G::kThreads>(p.norm, count, start, start + G::kScratchAt);
+  const int lane = thread_index() & 31;
+  for (int i = (warp_of_group * 32 + lane) * 16; i < G::kHaloBytes; i += G::kGroupWarps * 512) {
+    store_shared(halo + i, make_uint4(0, 0, 0, 0));
+  }
+  block_barrier();  // coefficients and zeros are there
+}
+
+template <class T, class G, int C, bool FINISHES>
+DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, int index,
+                         uint32_t halo) {
+  constexpr int kSize = Stage<C>::kSize, kChunks = G::kChunks, kStepRows = G::kStepRows;
+  constexpr int kRingSteps = G::kConfig.ring_steps;
+  constexpr int kUnitBytes = G::kImages * Stage<C>::kImageBytes;
+  const int lane = thread_index() & 31, position = index * 32 + lane;
+  const uint32_t ring = halo + G::kHaloBytes + position * 16;
+  const int chunk_of_pixel = position % (C / 8);
+
+  int image[kChunks], from[kChunks], shortcut_from[kChunks];
+  uint32_t to[kChunks];
+  // option A: new channels, half of them in front, are zero; the others are two channels' worth of
+  // bytes a pixel of the larger picture, every second pixel of it
+  const bool option_a = FINISHES && C > 16 && p.shortcut_kind == Shortcut::kOptionA;
+  const bool has_shortcut =
+      FINISHES && p.shortcut_kind != Shortcut::kNone &&
+      (!option_a || (chunk_of_pixel >= C / 32 && chunk_of_pixel < C / 32 + C / 16));
+#pragma unroll
+  for (int j = 0; j < kChunks; ++j) {
+    const int chunk = j * G::kConfig.producers * 32 + position;
+    const int x = chunk % kRowChunks / (C / 8);
+    image[j] = chunk / kRowChunks;
+    from[j] = image[j] * Stage<C>::kImageBytes + chunk % kRowChunks * 16;
+    to[j] = halo + G::Row::offset(image[j], x, chunk_of_pixel);
+    shortcut_from[j] = option_a ? image[j] * 2 * Stage<C>::kImageBytes + 2 * x * C +
+                                      (chunk_of_pixel - C / 32) * 16
+                                : from[j];
+  }
+  auto present = [&](int unit, int j) {
+    return G::kImages == 1 || unit * G::kImages + image[j] < p.images;
+  };
+
+  // loads: the next step's rows into the ring; one group of copies a step, empty behind the end
+  int load_unit = units.first, load_y = 0, load_slot = 0;
+  auto load_step = [&] {
+    if (load_unit < units.end) {
+      const int row = load_unit * kUnitBytes + load_y * kRowBytes;
+#pragma unroll
+      for (int r = 0; r < kStepRows; ++r) {
+        const uint32_t slot = ring + (load_slot * kStepRows + r) * G::kRawRowBytes;
+        const int at = row + r * kRowBytes;
+#pragma unroll
+        for (int j = 0; j < kChunks; ++j) {
+          copy_16_bytes_async(slot + j * G::kChunkStride,
+                              static_cast<const char*>(p.y) + at + from[j], present(load_unit, j));
+          if (FINISHES) {
+            copy_16_bytes_async(
+                slot + (kChunks + j) * G::kChunkStride,
+                static_cast<const char*>(p.shortcut) + (option_a ? 2 * at : at) + shortcut_from[j],
+                has_shortcut && present(load_unit, j));
+          }
+        }
+      }
+      load_y += kStepRows;
+      if (load_y == kSize) load_y = 0, ++load_unit;
+    }
+    commit_copies();
+    load_slot = load_slot + 1 == kRingSteps ? 0 : load_slot + 1;
+  };
+#pragma unroll
+  for (int i = 0; i < kRingSteps; ++i) load_step();
+
+  begin_forward<G, C>(p, halo, G::kConvolvers + index);
+  float scale[8], shift[8];
+  load_8_floats(shared_start() + chunk_of_pixel * 32, scale);
+  load_8_floats(shared_start() + C * 4 + chunk_of_pixel * 32, shift);
+
+  int slot = 0, half = 0;
+  for (int unit = units.first; unit < units.end; ++unit) {
+#pragma unroll 1
+    for (int y = 0; y < kSize; y += kStepRows) {
+      wait_for_copies<kRingSteps - 1>();
+#pragma unroll
+      for (int r = 0; r < kStepRows; ++r) {
+        const uint32_t raw = ring + (slot * kStepRows + r) * G::kRawRowBytes;
+        uint4 y_chunk[kChunks], shortcut_chunk[kChunks];
+#pragma unroll
+        for (int j = 0; j < kChunks; ++j) {
+          y_chunk[j] = load_shared_16_bytes(raw + j * G::kChunkStride);
+          if (FINISHES) {
+            shortcut_chunk[j] = load_shared_16_bytes(raw + (kChunks + j) * G::kChunkStride);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kChunks; ++j) {
+          Pairs a(y_chunk[j]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float low = fused_multiply_add(scale[2 * i], T::low(a.v[i]), shift[2 * i]);
+            float high = fused_multiply_add(scale[2 * i + 1], T::high(a.v[i]), shift[2 * i + 1]);
+            if (FINISHES) {
+              const Pairs s(shortcut_chunk[j]);
+              low += T::low(s.v[i]);
+              high += T::high(s.v[i]);
+            }
+            a.v[i] = present(unit, j) ? T::pack(relu(low), relu(high)) : 0;
+          }
+          store_shared(to[j] + (half * kStepRows + r) * G::kHaloRowBytes, a.chunk());
+          if (FINISHES && present(unit, j)) {
+            const int at = unit * kUnitBytes + (y + r) * kRowBytes + from[j];
+            store_16_bytes(static_cast<char*>(p.x) + at, a.chunk());
+          }
+        }
+      }
+      load_step();
+      slot = slot + 1 == kRingSteps ? 0 : slot + 1;
+      half ^= 1;
+      group_barrier<G::kGroupWarps>(group + 1);  // this step's rows are there
+    }
+  }
+  block_barrier();  // every group is through: its memory is free
+  block_barrier();  // the warps' sums are there
+}
+
+// Adds up a finished tile's channels and writes them; `at` is the lane's place in the output.
+template <class T>
+DEVICE void write_half_tile(const Tile& tile, int half, char* at, bool present,
+                            ChannelSums& sums) {
+  float v[4];
+  tile.channels(half, v);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sums.first[i] += v[i];
+    sums.second[i] = fused_multiply_add(v[i], v[i], sums.second[i]);
+  }
+  if (present) store_8_bytes(at, pack_4<T>(v));
+}
+
+template <class G>
+DEVICE void finish_convolver(ChannelSums& sums, int convolver) {
+  sums.add_lanes();
+  block_barrier();  // every group is through: its memory is free
+  sums.store(shared_start() + G::kGroupsAt + convolver * kWarpSumBytes);
+  block_barrier();  // the warps' sums are there
+}
+
+// Stride 1: TILES tiles of 16 pixels a row, rows rotating as conv_rows.cuh says.
+template <class T, class G, int C>
+DEVICE void convolve_rows(const ForwardParams& p, const Share& units, int group, int index,
+                          uint32_t halo) {
+  constexpr int kTiles = C == 16 ? 2 : G::kImages / Stage<C>::kImagesPerTile;
+  constexpr int kUnitBytes = G::kImages * Stage<C>::kImageBytes;
+  WeightFragments<C / 16> weights;
+  weights.load(p.weight, index);
+  wait_for_kernel_before();
+  begin_forward<G, C>(p, halo, index);
+
+  const FragmentAddresses<C> fragments(halo, 0);
+  const int lane = thread_index() & 31;
+  auto image_of = [&](int tile, int half) {
+    return C == 16 ? 0 : C == 32 ? tile : 2 * tile + half;
+  };
+  int place[kTiles][2];
+#pragma unroll
+  for (int i = 0; i < kTiles * 2; ++i) {
+    const int tile = i / 2, half = i % 2;
+    place[tile][half] = image_of(tile, half) * Stage<C>::kImageBytes +
+                        tile_pixel<C>(tile, half, lane) * C * 2 + index * 32 + (lane & 3) * 8;
+  }
+  ChannelSums sums;
+  int row_of_step = 0, ring_row = 0;
+  auto fetch = [&]() -> uint32_t {
+    if (row_of_step == 0) group_barrier<G::kGroupWarps>(group + 1);  // this step's rows are there
+    row_of_step = (row_of_step + 1) % G::kStepRows;
+    const uint32_t row = ring_row * G::kHaloRowBytes;
+    ring_row = (ring_row + 1) % (2 * G::kStepRows);
+    return row;
+  };
+  int out_unit = units.first, out_y = 0;
+  auto write_row = [&](const Tile(&row)[kTiles], bool done) {
+    if (!done) return;
+    const int at = out_unit * kUnitBytes + out_y * kRowBytes;
+#pragma unroll
+    for (int i = 0; i < kTiles * 2; ++i) {
+      const int image = out_unit * G::kImages + image_of(i / 2, i % 2);
+      write_half_tile<T>(row[i / 2], i % 2, static_cast<char*>(p.out) + at + place[i / 2][i % 2],
+                         G::kImages == 1 || image < p.images, sums);
+    }
+    if (++out_y == Stage<C>::kSize) out_y = 0, ++out_unit;
+  };
+  RowConvolution<T, C, kTiles> convolution;
+  convolution.template stream<Stage<C>::kSize>(units.end - units.first, fragments, weights, fetch,
+                                               write_row);
+  finish_convolver<G>(sums, group * G::kConvolvers + index);
+}
+
+// Stride 2: an output row y is made of the input rows 2y - 1, 2y and 2y + 1 through the taps of
+// ky = 0, 1 and 2; a step is the rows 2y and 2y + 1. One tile: the 16 pixels of an output row of
+// one image, or of two.
+template <class T, class G, int C>
+DEVICE void convolve_rows_stride_2(const ForwardParams& p, const Share& units, int group,
+                                   int index, uint32_t halo) {
+  constexpr int kSteps = C / 16, kOutSize = Stage<C>::kSize / 2;
+  using Out = Stage<2 * C>;
+  WeightFragments<kSteps> weights;
+  weights.load(p.weight, index);
+  wait_for_kernel_before();
+  begin_forward<G, C>(p, halo, index);
+
+  const int lane = thread_index() & 31, row = lane & 7, second = lane >> 3 & 1, chunk = lane >> 4;
+  uint32_t fragment[3];
+#pragma unroll
+  for (int kx = 0; kx < 3; ++kx) {
+    const int image = C == 16 ? 0 : second, x = C == 16 ? row + 8 * second : row;
+    fragment[kx] = halo + G::Row::offset(image, 2 * x + kx - 1, chunk);
+  }
+  int place[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int image = C == 16 ? 0 : half;
+    place[half] = image * Out::kImageBytes + tile_pixel<2 * C>(0, half, lane) * C * 4 +
+                  index * 32 + (lane & 3) * 8;
+  }
+  ChannelSums sums;
+  Tile here, below;
+  uint32_t step = 0;
+  for (int unit = units.first; unit < units.end; ++unit) {
+    here.clear();
+#pragma unroll 1
+    for (int y = 0; y < kOutSize; ++y) {
+      group_barrier<G::kGroupWarps>(group + 1);  // this step's rows are there
+      below.clear();
+#pragma unroll
+      for (int kx = 0; kx < 3; ++kx) {
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+          uint32_t even[4], odd[4];
+          load_matrices(even, G::Row::channels_on(fragment[kx] + step, s));
+          load_matrices(odd, G::Row::channels_on(fragment[kx] + step + G::kHaloRowBytes, s));
+          here.template add_product<T>(even, weights.tap[1][kx][s]);
+          below.template add_product<T>(odd, weights.tap[0][kx][s]);
+          here.template add_product<T>(odd, weights.tap[2][kx][s]);
+        }
+      }
+      const int at = unit * G::kImages * Out::kImageBytes + y * kRowBytes;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int image = unit * G::kImages + (C == 16 ? 0 : half);
+        write_half_tile<T>(here, half, static_cast<char*>(p.out) + at + place[half],
+                           G::kImages == 1 || image < p.images, sums);
+      }
+      here = below;
+      step ^= 2 * G::kHaloRowBytes;
+    }
+  }
+  finish_convolver<G>(sums, group * G::kConvolvers + index);
+}
+
+template <class T, int C, int STRIDE, bool FINISHES>
+__global__ void __launch_bounds__((ForwardGeometry<C, STRIDE, FINISHES>::kThreads), 1)
+    conv3x3_forward_kernel(ForwardParams p) {
+  using G = ForwardGeometry<C, STRIDE, FINISHES>;
+  constexpr int kConvolvers = G::kConfig.groups * G::kConvolvers;
+  const int warp = thread_index() >> 5;
+  const bool produces = warp >= kConvolvers;
+  const int role_warps = produces ? G::kConfig.producers : G::kConvolvers;
+  const int warp_of_role = produces ? warp - kConvolvers : warp;
+  const int group = warp_of_role / role_warps, index = warp_of_role % role_warps;
+  const uint32_t halo = shared_start() + G::kGroupsAt + group * G::kGroupBytes;
+  const Share units((p.images + G::kImages - 1) / G::kImages,
+                    block_index() * G::kConfig.groups + group, block_count() * G::kConfig.groups);
+  let_next_kernel_start();
+  if (produces) {
+    wait_for_kernel_before();
+    produce_rows<T, G, C, FINISHES>(p, units, group, index, halo);
+  } else if constexpr (STRIDE == 1) {
+    convolve_rows<T, G, C>(p, units, group, index, halo);
+  } else {
+    convolve_rows_stride_2<T, G, C>(p, units, group, index, halo);
+  }
+  // the block's row of sums, over its groups in order
+  for (int i = thread_index(); i < 2 * G::kOut; i += G::kThreads) {
+    const int which = i / G::kOut, c = i % G::kOut;
+    float sum = 0;
+    for (int g = 0; g < G::kConfig.groups; ++g) {
+      sum += load_shared_float(shared_start() + G::kGroupsAt +
+                               (g * G::kConvolvers + c / 16) * kWarpSumBytes +
+                               (which * 16 + c % 16) * 4);
+    }
+    store_float(p.out_sums + block_index() * 2 * G::kOut + i, sum);
+  }
+}
+
+}  // namespace cifar_resnet_fast

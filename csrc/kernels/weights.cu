@@ -1,0 +1,63 @@
+// fp32 master weights to 16-bit fragments; weights.h has the order.
+#include "launch.cuh"
+#include "warp.cuh"
+#include "weights.h"
+
+namespace cifar_resnet_fast {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlocksPerLayer = 8;
+
+struct WeightParams {
+  const LayerWeights* layers;
+};
+
+// weight of input channel `in`, output channel `out`, 0 where there is none
+DEVICE float stem_weight(const float* weight, int ky, int in, int out) {
+  const int kx = in / 4, c = in % 4;
+  return kx < 3 && c < 3 ? load_float(weight + ((out * 3 + c) * 3 + ky) * 3 + kx) : 0.0f;
+}
+
+// A thread makes a lane's 16 bytes of a fragment at a time.
+template <class T>
+__global__ void __launch_bounds__(kThreads) prepare_weights_kernel(WeightParams p) {
+  const LayerWeights layer = p.layers[block_index() / kBlocksPerLayer];
+  const bool stem = layer.C == 3;
+  const int first = block_index() % kBlocksPerLayer * kThreads + thread_index();
+  for (int direction = 0; direction < 2; ++direction) {
+    void* to = direction == 0 ? layer.forward : layer.backward;
+    if (to == nullptr) continue;
+    const int taps = stem ? 3 : 9, ins = stem ? 16 : direction == 0 ? layer.C : layer.K;
+    const int outs = direction == 0 ? layer.K : layer.C, steps = ins / 16;
+    for (int i = first; i < outs / 16 * taps * steps * 32; i += kBlocksPerLayer * kThreads) {
+      const int lane = i % 32, s = i / 32 % steps, tap = i / 32 / steps % taps;
+      const int h = i / 32 / steps / taps, g = lane >> 2, t = lane & 3;
+      float v[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int in = 16 * s + 2 * t + (j & 1) + 8 * (j >> 1 & 1);
+        const int out = 16 * h + 4 * (g >> 1) + (g & 1) + 2 * (j >> 2);
+        v[j] = stem             ? stem_weight(layer.weight, tap, in, out)
+               : direction == 0 ? load_float(layer.weight + (out * layer.C + in) * 9 + tap)
+                                : load_float(layer.weight + (in * layer.C + out) * 9 + 8 - tap);
+      }
+      store_16_bytes(static_cast<char*>(to) + i * 16,
+                     make_uint4(T::pack(v[0], v[1]), T::pack(v[2], v[3]), T::pack(v[4], v[5]),
+                                T::pack(v[6], v[7])));
+    }
+  }
+}
+
+}  // namespace
+
+int prepare_weights(const LayerWeights* layers, int count, Dtype dtype, void* stream) {
+  if (layers == nullptr) return kBadPointer;
+  if (count < 1) return 0;
+  const LaunchShape shape = {count * kBlocksPerLayer, kThreads, 0, false, stream};
+  return dtype == Dtype::kFloat16
+             ? launch(prepare_weights_kernel<Float16>, WeightParams{layers}, shape)
+             : launch(prepare_weights_kernel<BFloat16>, WeightParams{layers}, shape);
+}
+
+}  // namespace cifar_resnet_fast
