@@ -55,17 +55,11 @@ def assert_within_twice_eager(ours: Tensor, eager: Tensor, exact: Tensor, name: 
         assert mine <= limit, f"{name}, norm {order}: error {mine:.3e}, allowed {limit:.3e}"
 
 
-def partial_sums(first: Tensor, second: Tensor, rows: int) -> Tensor:
-    """[rows, 2, C] float32 sums of first and second, as blocks of a kernel leave them."""
-    parts = [
-        torch.stack([part.float().sum(0) for part in pair])
-        for pair in zip(
-            flat(first).flatten(0, 2).tensor_split(rows),
-            (flat(first).float() * flat(second).float()).flatten(0, 2).tensor_split(rows),
-            strict=True,
-        )
-    ]
-    return torch.stack(parts)
+def partial_sums(factor: Tensor, other: Tensor, rows: int) -> Tensor:
+    """[rows, 2, C] float32 sums of factor and factor * other, as blocks of a kernel leave them."""
+    pair = [flat(t.double()).flatten(0, 2) for t in (factor, factor.double() * other.double())]
+    parts = [torch.stack([p.sum(0) for p in t.tensor_split(rows)]) for t in pair]
+    return torch.stack(parts, 1).float()
 
 
 def fragments(kernels, weight: Tensor, dtype: str) -> dict[str, Tensor]:
@@ -207,3 +201,145 @@ def test_forward(kernels, C, stride, kind, N, blocks, order, dtype):
         del exact["x"]
     for name, value in exact.items():
         assert_within_twice_eager(ours[name], eager[name], value, name)
+
+
+def saved_of(y: Tensor, norm: dict[str, Tensor]) -> Tensor:
+    """[4, C] mean, invstd, scale and shift of y, as the forward pass saves them."""
+    wide = flat(y.double()).flatten(0, 2)
+    mean, invstd = wide.mean(0), (wide.var(0, unbiased=False) + EPS).rsqrt()
+    scale = norm["weight"] * invstd
+    return torch.stack([mean, invstd, scale, norm["bias"] - mean * scale]).float()
+
+
+def backward_plain(dz, y, norm, saved, a, mask, residual, before, weight, stride):
+    """out, sums and the gradients of B1 or B2 in plain PyTorch, in y's dtype; out times before goes
+    into the sums."""
+    statistics = torch.float64 if y.dtype == torch.float64 else torch.float32
+    dy, dbn_weight, dbn_bias = torch.ops.aten.native_batch_norm_backward(
+        dz, y, norm["weight"].to(statistics), None, None, saved[0].to(statistics),
+        saved[1].to(statistics), True, EPS, [True, True, True],
+    )  # fmt: skip
+    out, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, a, weight.to(y.dtype), None, [stride, stride], [1, 1], [1, 1], False, [0, 0], 1,
+        [True, True, False],
+    )  # fmt: skip
+    if residual is not None:
+        if stride == 2:
+            spread = torch.zeros_like(out)
+            C = out.shape[1]
+            spread[:, :, ::2, ::2] = residual[:, C // 2 : C // 2 + C]
+            residual = spread
+        out = out + residual
+    out = out * mask
+    wide = out.double()
+    return {
+        "out": out,
+        "sums": torch.stack([wide.sum((0, 2, 3)), (wide * before).sum((0, 2, 3))]),
+        "dweight": dweight,
+        "dbn_weight": dbn_weight,
+        "dbn_bias": dbn_bias,
+    }
+
+
+def in_torch_order(slabs: Tensor) -> Tensor:
+    """[9, C, K] to [K, C, 3, 3]."""
+    return slabs.permute(2, 1, 0).unflatten(2, (3, 3))
+
+
+BACKWARD = [  # C, stride, B1, N, blocks, order
+    pytest.param(16, 1, False, 3, 1, "round_robin", id="B2-16-ragged-3"),
+    pytest.param(16, 1, True, 5, 1, "last_warp_first", id="B1-16-prime-more-than-groups"),
+    pytest.param(16, 1, True, 1, 2, "first_warp_first", id="B1-16-one-image-idle-block"),
+    pytest.param(32, 1, False, 3, 2, "last_warp_first", id="B2-32-part-unit-3"),
+    pytest.param(32, 1, True, 5, 1, "first_warp_first", id="B1-32-prime-5"),
+    pytest.param(32, 1, True, 1, 3, "round_robin", id="B1-32-half-a-unit"),
+    pytest.param(64, 1, False, 7, 2, "last_warp_first", id="B2-64-part-unit-7"),
+    pytest.param(64, 1, True, 1, 1, "round_robin", id="B1-64-one-of-four-images"),
+    pytest.param(64, 1, True, 11, 4, "first_warp_first", id="B1-64-prime-11-two-pairs"),
+    pytest.param(16, 2, True, 3, 1, "last_warp_first", id="B1-16-to-32-ragged-3"),
+    pytest.param(16, 2, True, 1, 2, "first_warp_first", id="B1-16-to-32-one-image"),
+    pytest.param(32, 2, True, 5, 1, "round_robin", id="B1-32-to-64-prime-5"),
+    pytest.param(32, 2, True, 1, 2, "last_warp_first", id="B1-32-to-64-half-a-unit"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("C", "stride", "b1", "N", "blocks", "order"), BACKWARD)
+def test_backward(kernels, C, stride, b1, N, blocks, order, dtype):
+    generator = torch.Generator().manual_seed(C * 100 + N)
+    K, kind = C * stride, DTYPES[dtype]
+    y = image(generator, N, K, kind)
+    dz = image(generator, N, K, kind, 1.0, 0.0)
+    dz[dz < -0.5] = 0
+    norm = norm_params(K, generator)
+    saved = saved_of(y, norm)
+    weight = torch.randn(K, C, 3, 3, generator=generator) / (3 * C**0.5)
+    raw = image(generator, N, C, kind)
+    residual = None
+    saved_before = saved_of(raw, norm_params(C, generator))
+    mean_before, _, scale, shift = (v.double()[:, None, None] for v in saved_before)
+    if b1:
+        a = image(generator, N, C, kind, 1.0, 0.0).relu()
+        mask = a > 0
+        residual = image(generator, N, K, kind, 1.0, 0.0)
+        wide_a = a.double()
+    else:
+        wide_a = (raw.double() * scale + shift).relu()
+        mask = wide_a > 0
+        a = wide_a.to(kind)
+    rows = kernels.conv3x3_backward_rows(C, stride, blocks)
+    before = torch.randn(11, 9, 32, 16, generator=generator)
+    sums = partial_sums(dz, y.double() - saved[0].double()[:, None, None], 7)
+    made = {
+        "out": poisoned_image(N, C, kind),
+        "partial": poisoned(rows, 2, C),
+        "slabs": poisoned(rows, 9, C, K),
+        "dbn_weight": poisoned(K),
+        "dbn_bias": poisoned(K),
+        "before": poisoned(16, 32, 3, 3),
+    }
+    fragment = fragments(kernels, weight, dtype)["backward"]
+    kernels.set_order(getattr(kernels.Order, order))
+    params = emulation.params(
+        kernels.BackwardParams,
+        dz=flat(dz),
+        y=flat(y),
+        norm={
+            "sums": sums,
+            "rows": 7,
+            "weight": norm["weight"],
+            "saved": saved,
+            "dweight": made["dbn_weight"],
+            "dbias": made["dbn_bias"],
+        },
+        input=flat(a if b1 else raw),
+        residual=None if residual is None else flat(residual),
+        y_before=flat(raw) if b1 else None,
+        saved_before=saved_before,
+        weight=fragment,
+        out=flat(made["out"]),
+        out_sums=made["partial"],
+        slabs=made["slabs"],
+        before={
+            "slabs": before,
+            "count": 11,
+            "C": 32,
+            "K": 16,
+            "C_kept": 32,
+            "dweight": made["before"],
+        },
+        images=N,
+    )
+    assert kernels.conv3x3_backward(params, getattr(kernels.Dtype, dtype), C, stride, blocks) == 0
+    made["sums"] = made["partial"].double().sum(0)
+    made["dweight"] = in_torch_order(made["slabs"].double().sum(0))
+
+    wide = [None if t is None else t.double() for t in (dz, y, residual)]
+    centred = raw.double() - mean_before
+    exact = backward_plain(
+        wide[0], wide[1], norm, saved, wide_a, mask, wide[2], centred, weight.double(), stride
+    )
+    eager = backward_plain(dz, y, norm, saved, a, mask, residual, centred, weight, stride)
+    for name, value in exact.items():
+        assert_within_twice_eager(made[name], eager[name], value, name)
+    torch.testing.assert_close(made["before"], in_torch_order(before.sum(0)), rtol=1e-5, atol=1e-5)

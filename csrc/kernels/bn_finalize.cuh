@@ -103,7 +103,7 @@ DEVICE void backward_coefficients(const BackwardNorm& norm, double count, uint32
   const int c = thread_index();
   if (c >= C) return;
   const float mean = load_float(norm.saved + c), invstd = load_float(norm.saved + C + c);
-  const double sum_dz_yhat = (sum.second - sum.first * mean) * invstd;
+  const double sum_dz_yhat = sum.second * invstd;
   const double m1 = sum.first / count, m2 = sum_dz_yhat / count;
   const double a = static_cast<double>(load_float(norm.weight + c)) * invstd;
   const double b = -a * invstd * m2;

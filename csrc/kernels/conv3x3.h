@@ -38,8 +38,8 @@ struct ForwardNorm {
   float eps;
 };
 
-// Gradient of that batch normalisation from sums of dz and dz * y. Block 0 writes dweight and
-// dbias.
+// Gradient of that batch normalisation from sums of dz and dz * (y - mean). Block 0 writes
+// dweight and dbias.
 struct BackwardNorm {
   const float* sums;    // [rows, 2, C]
   int rows;             // blocks of the kernel that wrote them
@@ -80,21 +80,21 @@ struct ForwardParams {
 };
 
 // dy = gradient of y = conv(input) through its batch normalisation, from dz.
-// B2: out = conv_T(dy) where norm(input) > 0, else 0;    a = relu(norm(input)); sums with input
-// B1: out = conv_T(dy) + residual where input > 0, else 0;  a = input;        sums with sums_with
-// Both: slabs of dweight = sum over pixels of a and dy. At stride 2 the residual is option A's.
+// B2: out = conv_T(dy) where norm(input) > 0, else 0;       a = relu(norm(input))
+// B1: out = conv_T(dy) + residual where input > 0, else 0;  a = input
+// Both: slabs of dweight = sum over pixels of a times dy. At stride 2 the residual is option A's.
 struct BackwardParams {
   const void* dz;
   const void* y;
-  BackwardNorm norm;         // of y
-  const void* input;         // B2: raw; B1: finished
-  const float* input_saved;  // B2: [4, C] of the normalisation of input; B1: null
-  const void* residual;      // B1: dz of the block's output; B2: null
-  const void* sums_with;     // B1: raw input of the normalisation that made the input; B2: null
-  const void* weight;        // backward fragments, see weights.h
-  void* out;                 // dz of the normalisation that made the input
-  float* out_sums;           // [slab rows, 2, C] of out and out * sums_with (B2: out * input)
-  float* slabs;              // [slab rows, 9, C, K]
+  BackwardNorm norm;          // of y
+  const void* input;          // B2: raw; B1: finished
+  const void* residual;       // B1: dz of the block's output; B2: null
+  const void* y_before;       // B1: raw input of the normalisation that made the input; B2: null
+  const float* saved_before;  // [4, C] of that normalisation; B2: of the one of input
+  const void* weight;         // backward fragments, see weights.h
+  void* out;                  // dz of the normalisation that made the input
+  float* out_sums;  // [slab rows, 2, C] of out and out * (y_before - mean); B2: y_before is input
+  float* slabs;     // [slab rows, 9, C, K]
   SlabSum before;
   int images;
 };

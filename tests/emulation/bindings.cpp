@@ -89,6 +89,44 @@ PYBIND11_MODULE(emulated_kernels, m) {
       py::arg("params"), py::arg("dtype"), py::arg("channels"), py::arg("stride"),
       py::arg("blocks"));
 
+  Bound<BackwardNorm>(m, "BackwardNorm")
+      .field("sums", &BackwardNorm::sums)
+      .field("rows", &BackwardNorm::rows)
+      .field("weight", &BackwardNorm::weight)
+      .field("saved", &BackwardNorm::saved)
+      .field("dweight", &BackwardNorm::dweight)
+      .field("dbias", &BackwardNorm::dbias);
+  Bound<SlabSum>(m, "SlabSum")
+      .field("slabs", &SlabSum::slabs)
+      .field("count", &SlabSum::count)
+      .field("C", &SlabSum::C)
+      .field("K", &SlabSum::K)
+      .field("C_kept", &SlabSum::C_kept)
+      .field("dweight", &SlabSum::dweight);
+  Bound<BackwardParams>(m, "BackwardParams")
+      .field("dz", &BackwardParams::dz)
+      .field("y", &BackwardParams::y)
+      .field("norm", &BackwardParams::norm)
+      .field("input", &BackwardParams::input)
+      .field("saved_before", &BackwardParams::saved_before)
+      .field("residual", &BackwardParams::residual)
+      .field("y_before", &BackwardParams::y_before)
+      .field("weight", &BackwardParams::weight)
+      .field("out", &BackwardParams::out)
+      .field("out_sums", &BackwardParams::out_sums)
+      .field("slabs", &BackwardParams::slabs)
+      .field("before", &BackwardParams::before)
+      .field("images", &BackwardParams::images);
+  m.def("conv3x3_backward_rows", conv3x3_backward_rows);
+  m.def(
+      "conv3x3_backward",
+      [](const BackwardParams& p, Dtype dtype, int channels, int stride, int blocks) {
+        ForbidAtEnd end;
+        return conv3x3_backward(p, dtype, channels, stride, blocks, true, nullptr);
+      },
+      py::arg("params"), py::arg("dtype"), py::arg("channels"), py::arg("stride"),
+      py::arg("blocks"));
+
   Bound<LayerWeights>(m, "LayerWeights")
       .field("weight", &LayerWeights::weight)
       .field("forward", &LayerWeights::forward)
