@@ -14,7 +14,7 @@ from torch import Tensor
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs a C++ compiler")
 
 SIZE = {16: 32, 32: 16, 64: 8}
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = [torch.float16, torch.bfloat16]
 MOMENTUM, EPS = 0.1, 1e-5
 
 
@@ -62,15 +62,15 @@ def partial_sums(factor: Tensor, other: Tensor, rows: int) -> Tensor:
     return torch.stack(parts, 1).float()
 
 
-def fragments(kernels, weight: Tensor, dtype: str) -> dict[str, Tensor]:
+def fragments(kernels, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Forward and backward fragments of a [K, C, 3, 3] weight, made by the kernel."""
     K, C = weight.shape[:2]
     made = {
-        "forward": poisoned(K * 9 * C if C > 3 else 3 * 256, dtype=DTYPES[dtype]),
-        "backward": poisoned(K * 9 * C, dtype=DTYPES[dtype]) if C > 3 else None,
+        "forward": poisoned(K * 9 * C if C > 3 else 3 * 256, dtype=dtype),
+        "backward": poisoned(K * 9 * C, dtype=dtype) if C > 3 else None,
     }
-    layer = emulation.params(kernels.LayerWeights, weight=weight, C=C, K=K, **made)
-    assert kernels.prepare_weights([layer], getattr(kernels.Dtype, dtype)) == 0
+    layer = kernels.params("LayerWeights", weight=weight, C=C, K=K, **made)
+    assert kernels.call("prepare_weights", layer, dtype) == 0
     return made
 
 
@@ -114,14 +114,13 @@ def forward_plain(y, norm, shortcut, weight, stride):
     }
 
 
-def run_forward(kernels, dtype, y, norm, shortcut, weight, stride, blocks, finishes, sums=None):
+def run_forward(kernels, y, norm, shortcut, weight, stride, blocks, finishes, sums=None):
     """The same by the kernel, and the coefficients that it saves."""
     N, C = y.shape[:2]
     K = weight.shape[0]
-    kind = kernels.Shortcut.none
+    kind = "none"
     if shortcut is not None:
-        same = shortcut.shape == y.shape
-        kind = kernels.Shortcut.identity if same else kernels.Shortcut.option_a
+        kind = "identity" if shortcut.shape == y.shape else "option_a"
     sums = partial_sums(y, y, 7) if sums is None else sums
     made = {
         "x": poisoned_image(N, C, y.dtype) if finishes else None,
@@ -131,8 +130,8 @@ def run_forward(kernels, dtype, y, norm, shortcut, weight, stride, blocks, finis
         "running_mean": norm["running_mean"].clone(),
         "running_var": norm["running_var"].clone(),
     }
-    params = emulation.params(
-        kernels.ForwardParams,
+    params = kernels.params(
+        "ForwardParams",
         y=flat(y),
         norm={
             "sums": sums,
@@ -146,16 +145,14 @@ def run_forward(kernels, dtype, y, norm, shortcut, weight, stride, blocks, finis
             "eps": EPS,
         },
         shortcut=None if shortcut is None else flat(shortcut),
-        shortcut_kind=kind,
+        shortcut_kind=emulation.SHORTCUTS.index(kind),
         x=flat(made["x"]) if finishes else None,
-        weight=fragments(kernels, weight, dtype)["forward"],
+        weight=fragments(kernels, weight, y.dtype)["forward"],
         out=flat(made["out"]),
         out_sums=made["sums"],
         images=N,
     )
-    # fragments() ended with nothing allowed, so it must come before the struct is filled
-    status = kernels.conv3x3_forward(params, getattr(kernels.Dtype, dtype), C, stride, blocks)
-    assert status == 0
+    assert kernels.call("conv3x3_forward", params, y.dtype, C, stride, blocks) == 0
     made["partial"] = made["sums"]
     made["sums"] = made["sums"].double().sum(0)
     return made
@@ -179,20 +176,20 @@ FORWARD = [  # C, stride, shortcut, N, blocks, order
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("C", "stride", "kind", "N", "blocks", "order"), FORWARD)
 def test_forward(kernels, C, stride, kind, N, blocks, order, dtype):
     generator = torch.Generator().manual_seed(C * 100 + N)
-    y = image(generator, N, C, DTYPES[dtype])
+    y = image(generator, N, C, dtype)
     shortcut = None
     if kind in ("identity", "option_a"):
         channels = C if kind == "identity" else C // 2
-        shortcut = image(generator, N, channels, DTYPES[dtype], 1.0, 0.0).relu()
+        shortcut = image(generator, N, channels, dtype, 1.0, 0.0).relu()
     weight = torch.randn(C * stride, C, 3, 3, generator=generator) / (3 * C**0.5)
     norm = norm_params(C, generator)
-    kernels.set_order(getattr(kernels.Order, order))
+    kernels.set_order(order)
     ours = run_forward(
-        kernels, dtype, y, norm, shortcut, weight, stride, blocks, finishes=kind is not None
+        kernels, y, norm, shortcut, weight, stride, blocks, finishes=kind is not None
     )
     wide = None if shortcut is None else shortcut.double()
     exact = forward_plain(y.double(), norm, wide, weight, stride)
@@ -212,8 +209,8 @@ def saved_of(y: Tensor, norm: dict[str, Tensor]) -> Tensor:
 
 
 def backward_plain(dz, y, norm, saved, a, mask, residual, before, weight, stride):
-    """out, sums and the gradients of B1 or B2 in plain PyTorch, in y's dtype; out times before goes
-    into the sums."""
+    """out, sums and the gradients of B1 or B2 in plain PyTorch, in y's dtype; the sums are of out
+    and of out * before."""
     statistics = torch.float64 if y.dtype == torch.float64 else torch.float32
     dy, dbn_weight, dbn_bias = torch.ops.aten.native_batch_norm_backward(
         dz, y, norm["weight"].to(statistics), None, None, saved[0].to(statistics),
@@ -263,35 +260,35 @@ BACKWARD = [  # C, stride, B1, N, blocks, order
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("C", "stride", "b1", "N", "blocks", "order"), BACKWARD)
 def test_backward(kernels, C, stride, b1, N, blocks, order, dtype):
     generator = torch.Generator().manual_seed(C * 100 + N)
-    K, kind = C * stride, DTYPES[dtype]
-    y = image(generator, N, K, kind)
-    dz = image(generator, N, K, kind, 1.0, 0.0)
+    K = C * stride
+    y = image(generator, N, K, dtype)
+    dz = image(generator, N, K, dtype, 1.0, 0.0)
     dz[dz < -0.5] = 0
     norm = norm_params(K, generator)
     saved = saved_of(y, norm)
     weight = torch.randn(K, C, 3, 3, generator=generator) / (3 * C**0.5)
-    raw = image(generator, N, C, kind)
+    raw = image(generator, N, C, dtype)
     residual = None
     saved_before = saved_of(raw, norm_params(C, generator))
     mean_before, _, scale, shift = (v.double()[:, None, None] for v in saved_before)
     if b1:
-        a = image(generator, N, C, kind, 1.0, 0.0).relu()
+        a = image(generator, N, C, dtype, 1.0, 0.0).relu()
         mask = a > 0
-        residual = image(generator, N, K, kind, 1.0, 0.0)
+        residual = image(generator, N, K, dtype, 1.0, 0.0)
         wide_a = a.double()
     else:
         wide_a = (raw.double() * scale + shift).relu()
         mask = wide_a > 0
-        a = wide_a.to(kind)
-    rows = kernels.conv3x3_backward_rows(C, stride, blocks)
+        a = wide_a.to(dtype)
+    rows = kernels.library.emulated_conv3x3_backward_rows(C, stride, blocks)
     before = torch.randn(11, 9, 32, 16, generator=generator)
     sums = partial_sums(dz, y.double() - saved[0].double()[:, None, None], 7)
     made = {
-        "out": poisoned_image(N, C, kind),
+        "out": poisoned_image(N, C, dtype),
         "partial": poisoned(rows, 2, C),
         "slabs": poisoned(rows, 9, C, K),
         "dbn_weight": poisoned(K),
@@ -299,9 +296,9 @@ def test_backward(kernels, C, stride, b1, N, blocks, order, dtype):
         "before": poisoned(16, 32, 3, 3),
     }
     fragment = fragments(kernels, weight, dtype)["backward"]
-    kernels.set_order(getattr(kernels.Order, order))
-    params = emulation.params(
-        kernels.BackwardParams,
+    kernels.set_order(order)
+    params = kernels.params(
+        "BackwardParams",
         dz=flat(dz),
         y=flat(y),
         norm={
@@ -330,7 +327,7 @@ def test_backward(kernels, C, stride, b1, N, blocks, order, dtype):
         },
         images=N,
     )
-    assert kernels.conv3x3_backward(params, getattr(kernels.Dtype, dtype), C, stride, blocks) == 0
+    assert kernels.call("conv3x3_backward", params, dtype, C, stride, blocks) == 0
     made["sums"] = made["partial"].double().sum(0)
     made["dweight"] = in_torch_order(made["slabs"].double().sum(0))
 

@@ -1,26 +1,31 @@
 """The CUDA kernels on a CPU: csrc/kernels compiled by the C++ compiler against emulator.h.
 
-``load()`` builds once a change of the sources and returns the module of bindings.cpp; ``params``
-fills one of its structs from tensors.
+``load()`` builds once a change of the sources and gives the ``Kernels``.
 """
 
+import ctypes
 import functools
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
-KERNELS = HERE.parent.parent / "csrc" / "kernels"
-# longjmp between stacks is what a fiber does; the fortified one refuses it
-FLAGS = ["-O2", "-std=c++20", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+SOURCES = HERE.parent.parent / "csrc" / "kernels"
+# -O1: built and run in the least time together. longjmp between stacks is what a fiber does; the
+# fortified one refuses it
+FLAGS = ["-O1", "-std=c++20", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+
+DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # as enum class Dtype
+ORDERS = ("round_robin", "first_warp_first", "last_warp_first")  # as enum class Order
+SHORTCUTS = ("none", "identity", "option_a")  # as enum class Shortcut
+FAILED = -1000
 
 
 def compiler() -> str | None:
@@ -28,31 +33,98 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-@functools.cache
-def load():
-    """The module ``emulated_kernels``, built in a temporary folder that outlives the session."""
-    import pybind11
+class Kernels:
+    """The emulated functions, and the params structs they take: ``params`` fills one."""
 
-    units = [HERE / "emulator.cpp", HERE / "bindings.cpp", *sorted(KERNELS.glob("*.cu"))]
-    sources = [*units, HERE / "emulator.h", *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h")]
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    key = hashlib.sha256(" ".join([*FLAGS, compiler(), suffix]).encode())
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+        library.emulated_failure.restype = ctypes.c_char_p
+        library.emulated_allow.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self.types, self.writable = _structures(library)
+
+    def params(self, structure: str, **fields) -> ctypes.Structure:
+        """Tensors become pointers, dictionaries inner structs; None is a null pointer."""
+        filled = self.types[structure]()
+        filled.tensors = []  # kept alive, with whether the kernel may write them
+        for name, value in fields.items():
+            if isinstance(value, Tensor):
+                assert value.is_contiguous(), name
+                filled.tensors.append((value, self.writable[structure, name]))
+                value = value.data_ptr()
+            elif isinstance(value, dict):
+                value = self.params(dict(filled._fields_)[name].__name__, **value)
+                filled.tensors += value.tensors
+            assert name in dict(filled._fields_), name
+            setattr(filled, name, value)
+        return filled
+
+    def call(self, function: str, params: ctypes.Structure, dtype: torch.dtype, *sizes: int):
+        """Runs a kernel that may touch the tensors in ``params`` and nothing else."""
+        for tensor, writable in params.tensors:
+            size = tensor.numel() * tensor.element_size()
+            self.library.emulated_allow(tensor.data_ptr(), size, writable)
+        run = getattr(self.library, f"emulated_{function}")
+        status = run(ctypes.byref(params), DTYPES[dtype], *sizes)
+        self.library.emulated_forbid_all()
+        if status == FAILED:
+            raise RuntimeError(self.library.emulated_failure().decode())
+        return status
+
+    def set_order(self, order: str) -> None:
+        """How warps take turns: one of ``ORDERS``."""
+        self.library.emulated_order(ORDERS.index(order))
+
+
+class _Field(ctypes.Structure):
+    _fields_ = [
+        ("structure", ctypes.c_char_p),
+        ("name", ctypes.c_char_p),
+        ("type", ctypes.c_char_p),
+        ("offset", ctypes.c_int),
+    ]
+
+
+def _structures(library) -> tuple[dict[str, type], dict[tuple[str, str], bool]]:
+    """ctypes twins of the C++ structs, and which of their pointers may be written through."""
+    count = ctypes.c_int()
+    library.emulated_fields.restype = ctypes.POINTER(_Field)
+    table = library.emulated_fields(ctypes.byref(count))[: count.value]
+    known = {"int": ctypes.c_int, "float": ctypes.c_float}
+    known |= {"read": ctypes.c_void_p, "write": ctypes.c_void_p}
+    members, writable = {}, {}
+    for field in table:
+        structure, name, kind = (v.decode() for v in (field.structure, field.name, field.type))
+        members.setdefault(structure, []).append((name, kind, field.offset))
+        writable[structure, name] = kind == "write"
+    types = {}
+    for structure, fields in members.items():
+        layout = [(name, (known | types)[kind]) for name, kind, _ in fields]
+        types[structure] = type(structure, (ctypes.Structure,), {"_fields_": layout})
+        for name, _, offset in fields:
+            assert getattr(types[structure], name).offset == offset, f"{structure}.{name}"
+    return types, writable
+
+
+@functools.cache
+def load() -> Kernels:
+    """The kernels, built in a temporary folder that outlives the session."""
+    units = [HERE / "emulator.cpp", HERE / "bindings.cpp", *sorted(SOURCES.glob("*.cu"))]
+    sources = [*units, HERE / "emulator.h", *SOURCES.glob("*.cuh"), *SOURCES.glob("*.h")]
+    key = hashlib.sha256(" ".join([*FLAGS, compiler()]).encode())
     for source in sorted(sources):
         key.update(source.name.encode() + b"\0" + source.read_bytes())
     folder = (
         Path(tempfile.gettempdir()) / f"cifar_resnet_fast_{os.getuid()}_{key.hexdigest()[:16]}"
     )
-    library = folder / f"emulated_kernels{suffix}"
+    library = folder / "emulated_kernels.so"
     if not library.exists():
         folder.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            includes = [f"-I{KERNELS}", f"-I{HERE}", f"-I{pybind11.get_include()}"]
-            includes.append(f"-I{sysconfig.get_path('include')}")
 
             def compile_unit(unit: Path) -> str:
                 target = f"{scratch}/{unit.name}.o"
-                language = ["-x", "c++", "-include", str(HERE / "emulator.h")]
-                call = [compiler(), *FLAGS, *includes, *language, "-c", str(unit), "-o", target]
+                call = [compiler(), *FLAGS, f"-I{SOURCES}", f"-I{HERE}", "-x", "c++"]
+                call += ["-include", str(HERE / "emulator.h"), "-c", str(unit), "-o", target]
                 subprocess.run(call, check=True)
                 return target
 
@@ -61,25 +133,4 @@ def load():
             built = Path(scratch) / library.name
             subprocess.run([compiler(), "-shared", *objects, "-o", str(built)], check=True)
             built.rename(library)
-    spec = importlib.util.spec_from_file_location("emulated_kernels", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def params(struct: type, **fields):
-    """A params struct: tensors become pointers with their size, dictionaries inner structs.
-
-    It keeps the tensors alive.
-    """
-    filled = struct()
-    filled.fields = fields
-    for name, value in fields.items():
-        if isinstance(value, Tensor):
-            assert value.is_contiguous(), name
-            setattr(filled, name, (value.data_ptr(), value.numel() * value.element_size()))
-        elif isinstance(value, dict):
-            setattr(filled, name, params(type(getattr(filled, name)), **value))
-        elif value is not None:
-            setattr(filled, name, value)
-    return filled
+    return Kernels(ctypes.CDLL(str(library)))
