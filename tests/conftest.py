@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulation
 import pytest
 import torch
 
@@ -15,6 +16,14 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """The CUDA kernels' source, compiled for the CPU."""
+    if emulation.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    return emulation.load()
 
 
 @pytest.fixture(scope="session")

@@ -1,107 +1,38 @@
 """The CUDA convolutions' own source, run on a CPU (tests/emulation), against float64.
 
-Error budget: at most twice the error that eager PyTorch makes in the same dtype, in norm and in
-maximum. Inputs have a mean far from zero (a variance that cancels would show); outputs and shared
-memory start as NaN; every access outside a tensor is an error of the emulator.
+Error budget and inputs: tests/emulation/checks.py; what the emulator finds: emulator.h.
 """
 
 import emulation
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from emulation.checks import (
+    DTYPES,
+    EPS,
+    MOMENTUM,
+    assert_within_twice_eager,
+    batch_norm,
+    flat,
+    fragments,
+    image,
+    in_torch_order,
+    norm_params,
+    partial_sums,
+    poisoned,
+    poisoned_image,
+    saved_of,
+)
 
-pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs a C++ compiler")
-
-SIZE = {16: 32, 32: 16, 64: 8}
-DTYPES = [torch.float16, torch.bfloat16]
-MOMENTUM, EPS = 0.1, 1e-5
-
-
-@pytest.fixture(scope="session")
-def kernels():
-    return emulation.load()
-
-
-def image(generator, N, C, dtype, scale=0.5, offset=-2.3) -> Tensor:
-    """[N, C, H, W], channels-last, of the stage with C channels."""
-    values = scale * torch.randn(N, C, SIZE[C], SIZE[C], generator=generator) + offset
-    return values.to(dtype).to(memory_format=torch.channels_last)
-
-
-def flat(x: Tensor) -> Tensor:
-    """The memory of a channels-last tensor, as the kernels see it."""
-    return x.permute(0, 2, 3, 1)
-
-
-def poisoned(*shape, dtype=torch.float32) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype)
-
-
-def poisoned_image(N, C, dtype) -> Tensor:
-    return poisoned(N, SIZE[C], SIZE[C], C, dtype=dtype).permute(0, 3, 1, 2)
-
-
-def assert_within_twice_eager(ours: Tensor, eager: Tensor, exact: Tensor, name: str) -> None:
-    assert torch.isfinite(ours).all(), f"{name} is not finite"
-    error = ours.double() - exact
-    budget = eager.double() - exact
-    for order in (2, float("inf")):
-        mine, allowed, size = (
-            torch.linalg.vector_norm(e, order).item() for e in (error, budget, exact)
-        )
-        # an error of float32's own rounding is always allowed
-        limit = 2 * allowed + 1e-7 * size
-        assert mine <= limit, f"{name}, norm {order}: error {mine:.3e}, allowed {limit:.3e}"
-
-
-def partial_sums(factor: Tensor, other: Tensor, rows: int) -> Tensor:
-    """[rows, 2, C] float32 sums of factor and factor * other, as blocks of a kernel leave them."""
-    pair = [flat(t.double()).flatten(0, 2) for t in (factor, factor.double() * other.double())]
-    parts = [torch.stack([p.sum(0) for p in t.tensor_split(rows)]) for t in pair]
-    return torch.stack(parts, 1).float()
-
-
-def fragments(kernels, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Forward and backward fragments of a [K, C, 3, 3] weight, made by the kernel."""
-    K, C = weight.shape[:2]
-    made = {
-        "forward": poisoned(K * 9 * C if C > 3 else 3 * 256, dtype=dtype),
-        "backward": poisoned(K * 9 * C, dtype=dtype) if C > 3 else None,
-    }
-    layer = kernels.params("LayerWeights", weight=weight, C=C, K=K, **made)
-    assert kernels.call("prepare_weights", layer, dtype) == 0
-    return made
-
-
-def norm_params(C: int, generator) -> dict[str, Tensor]:
-    return {
-        "weight": 1 + 0.3 * torch.randn(C, generator=generator),
-        "bias": 0.3 * torch.randn(C, generator=generator),
-        "running_mean": torch.randn(C, generator=generator),
-        "running_var": 1 + torch.rand(C, generator=generator),
-    }
-
-
-def batch_norm(y: Tensor, norm: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised y and the updated running values, in y's dtype (the running ones in float32 at
-    least, as eager PyTorch keeps them)."""
-    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-    mean, var = norm["running_mean"].to(dtype).clone(), norm["running_var"].to(dtype).clone()
-    weight, bias = norm["weight"].to(dtype), norm["bias"].to(dtype)
-    return F.batch_norm(y, mean, var, weight, bias, True, MOMENTUM, EPS), mean, var
-
-
-def option_a(x: Tensor, channels: int) -> Tensor:
-    new = (channels - x.shape[1]) // 2
-    return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, new, new))
+from cifar_resnet_fast import reference
 
 
 def forward_plain(y, norm, shortcut, weight, stride):
     """x, out, sums and running values of F1 or F2 in plain PyTorch, in y's dtype."""
     z, mean, var = batch_norm(y, norm)
     if shortcut is not None:
-        z = z + (option_a(shortcut, z.shape[1]) if shortcut.shape != z.shape else shortcut)
+        same = shortcut.shape == z.shape
+        z = z + (shortcut if same else reference.shortcut_a(shortcut, z.shape[1]))
     x = F.relu(z)
     out = F.conv2d(x, weight.to(y.dtype), stride=stride, padding=1)
     wide = out.double()
@@ -200,14 +131,6 @@ def test_forward(kernels, C, stride, kind, N, blocks, order, dtype):
         assert_within_twice_eager(ours[name], eager[name], value, name)
 
 
-def saved_of(y: Tensor, norm: dict[str, Tensor]) -> Tensor:
-    """[4, C] mean, invstd, scale and shift of y, as the forward pass saves them."""
-    wide = flat(y.double()).flatten(0, 2)
-    mean, invstd = wide.mean(0), (wide.var(0, unbiased=False) + EPS).rsqrt()
-    scale = norm["weight"] * invstd
-    return torch.stack([mean, invstd, scale, norm["bias"] - mean * scale]).float()
-
-
 def backward_plain(dz, y, norm, saved, a, mask, residual, before, weight, stride):
     """out, sums and the gradients of B1 or B2 in plain PyTorch, in y's dtype; the sums are of out
     and of out * before."""
@@ -236,11 +159,6 @@ def backward_plain(dz, y, norm, saved, a, mask, residual, before, weight, stride
         "dbn_weight": dbn_weight,
         "dbn_bias": dbn_bias,
     }
-
-
-def in_torch_order(slabs: Tensor) -> Tensor:
-    """[9, C, K] to [K, C, 3, 3]."""
-    return slabs.permute(2, 1, 0).unflatten(2, (3, 3))
 
 
 BACKWARD = [  # C, stride, B1, N, blocks, order
@@ -340,3 +258,70 @@ def test_backward(kernels, C, stride, b1, N, blocks, order, dtype):
     for name, value in exact.items():
         assert_within_twice_eager(made[name], eager[name], value, name)
     torch.testing.assert_close(made["before"], in_torch_order(before.sum(0)), rtol=1e-5, atol=1e-5)
+
+
+def test_order_of_warps_changes_nothing(kernels):
+    """The same bits whatever the order in which warps advance; so no result depends on timing."""
+    generator = torch.Generator().manual_seed(1)
+    y = image(generator, 9, 16, torch.bfloat16)
+    weight = torch.randn(16, 16, 3, 3, generator=generator) / 12
+    norm = norm_params(16, generator)
+    results = []
+    for order in emulation.ORDERS:
+        kernels.set_order(order)
+        results.append(run_forward(kernels, y, norm, y.relu(), weight, 1, 1, finishes=True))
+    for name, value in results[0].items():
+        assert all(torch.equal(value, other[name]) for other in results[1:]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("C", [16, 64])
+def test_sums_feed_the_next_kernel(kernels, C, dtype):
+    """Two convolutions with the kernels' own sums, of values with a mean far from zero."""
+    generator = torch.Generator().manual_seed(C)
+    N = 5
+    y = image(generator, N, C, dtype)
+    shortcut = image(generator, N, C, dtype, 1.0, 0.0).relu()
+    norms = [norm_params(C, generator) for _ in range(2)]
+    # weights of one sign: the raw outputs' mean is several times their standard deviation
+    weights = [torch.rand(C, C, 3, 3, generator=generator) / (3 * C) for _ in range(2)]
+
+    def plain(kind):
+        inner = forward_plain(y.to(kind), norms[0], shortcut.to(kind), weights[0], 1)
+        return forward_plain(inner["out"], norms[1], None, weights[1], 1)
+
+    first = run_forward(kernels, y, norms[0], shortcut, weights[0], 1, 3, finishes=True)
+    second = run_forward(
+        kernels, first["out"], norms[1], None, weights[1], 1, 3, False, sums=first["partial"]
+    )
+    exact, eager = plain(torch.float64), plain(dtype)
+    del exact["x"]
+    for name, value in exact.items():
+        assert_within_twice_eager(second[name], eager[name], value, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"images": 0}, -1),
+        ({"images": 65536}, -1),
+        ({"C": 48}, -2),
+        ({"C": 64, "stride": 2}, -2),
+        ({"blocks": 0}, -3),
+        ({"shortcut_kind": 2}, -4),
+        ({"out": None}, -5),
+        ({"shortcut": None}, -5),
+    ],
+    ids=str,
+)
+def test_forward_refuses(kernels, change, status):
+    """Every argument that would read or write out of bounds has a status, before any launch."""
+    sizes = {"C": 16, "stride": 1, "blocks": 1}
+    sizes |= {name: value for name, value in change.items() if name in sizes}
+    one = torch.zeros(4)
+    norm = dict.fromkeys(("sums", "weight", "bias", "running_mean", "running_var", "saved"), one)
+    fields = {"shortcut_kind": 1, "images": 1, "norm": norm}
+    fields |= dict.fromkeys(("y", "shortcut", "x", "weight", "out", "out_sums"), one)
+    fields |= {name: value for name, value in change.items() if name not in sizes}
+    params = kernels.params("ForwardParams", **fields)
+    assert kernels.call("conv3x3_forward", params, torch.float16, *sizes.values()) == status

@@ -204,20 +204,6 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
   block_barrier();  // the warps' sums are there
 }
 
-// Adds up a finished tile's channels and writes them; `at` is the lane's place in the output.
-template <class T>
-DEVICE void write_half_tile(const Tile& tile, int half, char* at, bool present,
-                            ChannelSums& sums) {
-  float v[4];
-  tile.channels(half, v);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    sums.first[i] += v[i];
-    sums.second[i] = fused_multiply_add(v[i], v[i], sums.second[i]);
-  }
-  if (present) store_8_bytes(at, pack_4<T>(v));
-}
-
 template <class G>
 DEVICE void finish_convolver(ChannelSums& sums, int convolver) {
   sums.add_lanes();

@@ -87,6 +87,20 @@ struct ChannelSums {
 };
 constexpr int kWarpSumBytes = 32 * 4;
 
+// Adds up a finished tile's channels and writes them; `at` is the lane's place in the output.
+template <class T>
+DEVICE void write_half_tile(const Tile& tile, int half, char* at, bool present,
+                            ChannelSums& sums) {
+  float v[4];
+  tile.channels(half, v);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sums.first[i] += v[i];
+    sums.second[i] = fused_multiply_add(v[i], v[i], sums.second[i]);
+  }
+  if (present) store_8_bytes(at, pack_4<T>(v));
+}
+
 // Where a lane finds the fragments of its first tile in a haloed row: by shift for 16 channels
 // (-1 .. 2), by kx otherwise.
 template <int CHANNELS>

@@ -6,6 +6,7 @@
 
 #include "conv3x3.h"
 #include "emulator.h"
+#include "stem.h"
 #include "weights.h"
 
 using namespace cifar_resnet_fast;
@@ -82,6 +83,18 @@ const Field kFields[] = {
     FIELD(BackwardParams, slabs),
     STRUCT(BackwardParams, before, SlabSum),
     FIELD(BackwardParams, images),
+    FIELD(StemForwardParams, pictures),
+    FIELD(StemForwardParams, weight),
+    FIELD(StemForwardParams, y),
+    FIELD(StemForwardParams, y_sums),
+    FIELD(StemForwardParams, images),
+    FIELD(StemBackwardParams, dz),
+    FIELD(StemBackwardParams, y),
+    STRUCT(StemBackwardParams, norm, BackwardNorm),
+    FIELD(StemBackwardParams, pictures),
+    FIELD(StemBackwardParams, slabs),
+    STRUCT(StemBackwardParams, before, SlabSum),
+    FIELD(StemBackwardParams, images),
     FIELD(LayerWeights, weight),
     FIELD(LayerWeights, forward),
     FIELD(LayerWeights, backward),
@@ -128,6 +141,15 @@ int emulated_conv3x3_backward(const BackwardParams* p, int dtype, int channels, 
 }
 int emulated_conv3x3_backward_rows(int channels, int stride, int blocks) {
   return conv3x3_backward_rows(channels, stride, blocks);
+}
+int emulated_stem_forward(const StemForwardParams* p, int dtype, int blocks) {
+  return guarded([&] { return stem_forward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
+}
+int emulated_stem_backward(const StemBackwardParams* p, int dtype, int blocks) {
+  return guarded([&] { return stem_backward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
+}
+int emulated_sum_slabs(const SlabSum* slabs, int, int blocks) {
+  return guarded([&] { return sum_slabs(*slabs, blocks, true, nullptr); });
 }
 int emulated_prepare_weights(const LayerWeights* layer, int dtype) {
   return guarded([&] { return prepare_weights(layer, 1, static_cast<Dtype>(dtype), nullptr); });

@@ -1,0 +1,128 @@
+"""The stem's CUDA kernels and the sum of slabs, run on a CPU, against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from emulation.checks import (
+    DTYPES,
+    assert_within_twice_eager,
+    flat,
+    fragments,
+    image,
+    in_torch_order,
+    norm_params,
+    partial_sums,
+    poisoned,
+    poisoned_image,
+    saved_of,
+)
+from torch import Tensor
+
+BATCHES = [  # N, blocks, order
+    pytest.param(3, 1, "last_warp_first", id="ragged-3"),
+    pytest.param(1, 2, "round_robin", id="one-picture-idle-warps"),
+    pytest.param(5, 1, "first_warp_first", id="prime-5"),
+]
+
+
+def pictures(generator, N: int, dtype: torch.dtype) -> Tensor:
+    """[N, 4, 32, 32], channels-last; the fourth channel is zero."""
+    values = 0.5 * torch.randn(N, 4, 32, 32, generator=generator) - 2.3
+    values[:, 3] = 0
+    return values.to(dtype).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "blocks", "order"), BATCHES)
+def test_stem_forward(kernels, N, blocks, order, dtype):
+    generator = torch.Generator().manual_seed(N)
+    x = pictures(generator, N, dtype)
+    weight = torch.randn(16, 3, 3, 3, generator=generator) / 5
+    y, sums = poisoned_image(N, 16, dtype), poisoned(blocks, 2, 16)
+    kernels.set_order(order)
+    params = kernels.params(
+        "StemForwardParams",
+        pictures=flat(x),
+        weight=fragments(kernels, weight, dtype)["forward"],
+        y=flat(y),
+        y_sums=sums,
+        images=N,
+    )
+    assert kernels.call("stem_forward", params, dtype, blocks) == 0
+
+    exact = F.conv2d(x[:, :3].double(), weight.double(), padding=1)
+    eager = F.conv2d(x[:, :3], weight.to(dtype), padding=1)
+    assert_within_twice_eager(y, eager, exact, "y")
+    exact_sums, eager_sums = (
+        torch.stack([v.sum((0, 2, 3)), (v * v).sum((0, 2, 3))]) for v in (exact, eager.double())
+    )
+    assert_within_twice_eager(sums.double().sum(0), eager_sums, exact_sums, "sums")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "blocks", "order"), BATCHES)
+def test_stem_backward(kernels, N, blocks, order, dtype):
+    generator = torch.Generator().manual_seed(N)
+    x = pictures(generator, N, dtype)
+    y = image(generator, N, 16, dtype)
+    dz = image(generator, N, 16, dtype, 1.0, 0.0)
+    norm = norm_params(16, generator)
+    saved = saved_of(y, norm)
+    slabs, dweight = poisoned(blocks, 9, 4, 16), poisoned(16, 3, 3, 3)
+    dbn_weight, dbn_bias = poisoned(16), poisoned(16)
+    kernels.set_order(order)
+    params = kernels.params(
+        "StemBackwardParams",
+        dz=flat(dz),
+        y=flat(y),
+        norm={
+            "sums": partial_sums(dz, y.double() - saved[0].double()[:, None, None], 5),
+            "rows": 5,
+            "weight": norm["weight"],
+            "saved": saved,
+            "dweight": dbn_weight,
+            "dbias": dbn_bias,
+        },
+        pictures=flat(x),
+        slabs=slabs,
+        images=N,
+    )
+    assert kernels.call("stem_backward", params, dtype, blocks) == 0
+    rest = kernels.params(
+        "SlabSum", slabs=slabs, count=blocks, C=4, K=16, C_kept=3, dweight=dweight
+    )
+    assert kernels.call("sum_slabs", rest, dtype, 2) == 0
+
+    def plain(kind):
+        statistics = torch.float64 if kind == torch.float64 else torch.float32
+        mean, invstd = saved[0].to(statistics), saved[1].to(statistics)
+        dy, dbn_weight, dbn_bias = torch.ops.aten.native_batch_norm_backward(
+            dz.to(kind), y.to(kind), norm["weight"].to(statistics), None, None, mean, invstd,
+            True, 1e-5, [True, True, True],
+        )  # fmt: skip
+        dweight = torch.nn.grad.conv2d_weight(x[:, :3].to(kind), (16, 3, 3, 3), dy, padding=1)
+        return {"dweight": dweight, "dbn_weight": dbn_weight, "dbn_bias": dbn_bias}
+
+    exact, eager = plain(torch.float64), plain(dtype)
+    ours = {"dweight": dweight, "dbn_weight": dbn_weight, "dbn_bias": dbn_bias}
+    for name, value in exact.items():
+        assert_within_twice_eager(ours[name], eager[name], value, name)
+
+
+@pytest.mark.parametrize(
+    ("C", "K", "count", "blocks"),
+    [
+        pytest.param(64, 64, 66, 5, id="64-many-slabs"),
+        pytest.param(16, 32, 1, 3, id="one-slab"),
+        pytest.param(16, 16, 200, 1, id="more-slabs-than-one-round"),
+    ],
+)
+def test_sum_slabs(kernels, C, K, count, blocks):
+    slabs = torch.randn(count, 9, C, K, generator=torch.Generator().manual_seed(C))
+    dweight = poisoned(K, C, 3, 3)
+    params = kernels.params(
+        "SlabSum", slabs=slabs, count=count, C=C, K=K, C_kept=C, dweight=dweight
+    )
+    assert kernels.call("sum_slabs", params, torch.float16, blocks) == 0
+    exact = in_torch_order(slabs.double().sum(0))
+    assert_within_twice_eager(dweight, in_torch_order(slabs.sum(0)), exact, "dweight")
