@@ -134,6 +134,7 @@ struct BackwardGeometry {
   static constexpr int kScratchAt =
       kGroupsAt + kGroups * kGroupBytes > kEnd ? kGroupsAt + kGroups * kGroupBytes : kEnd;
   static constexpr int kSharedBytes = kScratchAt + merge_bytes<K, kThreads>();
+  static_assert(kSharedBytes <= kMaxSharedBytes);
   static_assert(!kStaged || kConfig.ring_steps >= 3);
   static_assert(kStaged || (kIn == 16 && kSplit == 1));
 

@@ -99,11 +99,27 @@ struct BackwardParams {
   int images;
 };
 
+// Evaluation: out = relu(conv(x) + bias + shortcut), with the normalisation folded into weight and
+// bias (weights.h). All activations are finished.
+struct EvaluateParams {
+  const void* x;
+  const void* weight;    // forward fragments, folded
+  const float* bias;     // [output channels]
+  const void* shortcut;  // as shortcut_kind says, of the output's stage or the one before
+  Shortcut shortcut_kind;
+  void* out;
+  int images;
+};
+
 // `channels` are those of y; at stride 2 the output is of the next stage. `overlap` lets the
 // kernel start while the one before still runs (sm_90): not for the first after the weights were
 // written.
 int conv3x3_forward(const ForwardParams& p, Dtype dtype, int channels, int stride, int blocks,
                     bool overlap, void* stream);
+
+// `channels` are those of x.
+int conv3x3_evaluate(const EvaluateParams& p, Dtype dtype, int channels, int stride, int blocks,
+                     bool overlap, void* stream);
 
 // `channels` are those of input. `blocks` is rounded up to slab rows * blocks a row.
 int conv3x3_backward(const BackwardParams& p, Dtype dtype, int channels, int stride, int blocks,

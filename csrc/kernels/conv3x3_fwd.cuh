@@ -73,6 +73,7 @@ struct ForwardGeometry {
   static constexpr int kScratchAt = kGroupsAt + kConfig.groups * kGroupBytes;
   static constexpr int kSharedBytes = kScratchAt + merge_bytes<C, kThreads>();
   static_assert(kConfig.groups * kConvolvers * kWarpSumBytes <= kConfig.groups * kGroupBytes);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
   static_assert(kConfig.groups <= 15, "named barriers");
 };
 
@@ -262,26 +263,19 @@ DEVICE void convolve_rows(const ForwardParams& p, const Share& units, int group,
   finish_convolver<G>(sums, group * G::kConvolvers + index);
 }
 
-// Stride 2: an output row y is made of the input rows 2y - 1, 2y and 2y + 1 through the taps of
-// ky = 0, 1 and 2; a step is the rows 2y and 2y + 1. One tile: the 16 pixels of an output row of
-// one image, or of two.
+// Stride 2: a step is the rows 2y and 2y + 1 of the input.
 template <class T, class G, int C>
 DEVICE void convolve_rows_stride_2(const ForwardParams& p, const Share& units, int group,
                                    int index, uint32_t halo) {
-  constexpr int kSteps = C / 16, kOutSize = Stage<C>::kSize / 2;
+  constexpr int kOutSize = Stage<C>::kSize / 2;
   using Out = Stage<2 * C>;
-  WeightFragments<kSteps> weights;
+  WeightFragments<C / 16> weights;
   weights.load(p.weight, index);
   wait_for_kernel_before();
   begin_forward<G, C>(p, halo, index);
 
-  const int lane = thread_index() & 31, row = lane & 7, second = lane >> 3 & 1, chunk = lane >> 4;
-  uint32_t fragment[3];
-#pragma unroll
-  for (int kx = 0; kx < 3; ++kx) {
-    const int image = C == 16 ? 0 : second, x = C == 16 ? row + 8 * second : row;
-    fragment[kx] = halo + G::Row::offset(image, 2 * x + kx - 1, chunk);
-  }
+  const StridedConvolution<T, C> convolution(halo);
+  const int lane = thread_index() & 31;
   int place[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -298,18 +292,7 @@ DEVICE void convolve_rows_stride_2(const ForwardParams& p, const Share& units, i
     for (int y = 0; y < kOutSize; ++y) {
       group_barrier<G::kGroupWarps>(group + 1);  // this step's rows are there
       below.clear();
-#pragma unroll
-      for (int kx = 0; kx < 3; ++kx) {
-#pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-          uint32_t even[4], odd[4];
-          load_matrices(even, G::Row::channels_on(fragment[kx] + step, s));
-          load_matrices(odd, G::Row::channels_on(fragment[kx] + step + G::kHaloRowBytes, s));
-          here.template add_product<T>(even, weights.tap[1][kx][s]);
-          below.template add_product<T>(odd, weights.tap[0][kx][s]);
-          here.template add_product<T>(odd, weights.tap[2][kx][s]);
-        }
-      }
+      convolution.multiply(here, below, step, step + G::kHaloRowBytes, weights);
       const int at = unit * G::kImages * Out::kImageBytes + y * kRowBytes;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

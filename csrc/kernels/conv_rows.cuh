@@ -125,6 +125,19 @@ struct FragmentAddresses {
   }
 };
 
+// Evaluation: a finished tile with bias, an optional shortcut's four channels, and ReLU.
+template <class T>
+DEVICE void write_half_tile(const Tile& tile, int half, char* at, bool present,
+                            const float (&bias)[4], uint2 shortcut) {
+  float v[4];
+  tile.channels(half, v);
+  const float added[4] = {T::low(shortcut.x), T::high(shortcut.x), T::low(shortcut.y),
+                          T::high(shortcut.y)};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = relu(v[i] + bias[i] + added[i]);
+  if (present) store_8_bytes(at, pack_4<T>(v));
+}
+
 template <class T, int CHANNELS, int TILES>
 struct RowConvolution {
   static constexpr int kSteps = CHANNELS / 16;
@@ -201,6 +214,41 @@ struct RowConvolution {
           finish(above, y > 0);
           y = y == HEIGHT ? 0 : y + 1;
         }
+      }
+    }
+  }
+};
+
+// Stride 2: an output row y is made of the input rows 2y - 1, 2y and 2y + 1 through the taps of
+// ky = 0, 1 and 2. One tile: the 16 pixels of an output row of one image, or of two.
+template <class T, int CHANNELS>
+struct StridedConvolution {
+  using Row = HaloRow<CHANNELS, Stage<CHANNELS>::kSize>;
+  static_assert(CHANNELS == 16 || CHANNELS == 32);
+  uint32_t fragment[3];  // by kx
+
+  DEVICE explicit StridedConvolution(uint32_t rows) {
+    const int lane = thread_index() & 31, row = lane & 7, half = lane >> 3 & 1;
+#pragma unroll
+    for (int kx = 0; kx < 3; ++kx) {
+      const int image = CHANNELS == 16 ? 0 : half, x = CHANNELS == 16 ? row + 8 * half : row;
+      fragment[kx] = rows + Row::offset(image, 2 * x + kx - 1, lane >> 4);
+    }
+  }
+  // the input rows 2y and 2y + 1, at so many bytes from the start of the ring, to the output rows
+  // y and y + 1
+  DEVICE void multiply(Tile& here, Tile& below, uint32_t even_row, uint32_t odd_row,
+                       const WeightFragments<CHANNELS / 16>& weights) const {
+#pragma unroll
+    for (int kx = 0; kx < 3; ++kx) {
+#pragma unroll
+      for (int s = 0; s < CHANNELS / 16; ++s) {
+        uint32_t even[4], odd[4];
+        load_matrices(even, Row::channels_on(fragment[kx] + even_row, s));
+        load_matrices(odd, Row::channels_on(fragment[kx] + odd_row, s));
+        here.template add_product<T>(even, weights.tap[1][kx][s]);
+        below.template add_product<T>(odd, weights.tap[0][kx][s]);
+        here.template add_product<T>(odd, weights.tap[2][kx][s]);
       }
     }
   }

@@ -8,6 +8,9 @@
 
 namespace cifar_resnet_fast {
 
+// of a block, on sm_86 and sm_89; sm_80 and sm_90 have more
+constexpr int kMaxSharedBytes = 99 * 1024;
+
 constexpr int kRowBytes = 1024;
 constexpr int kRowChunks = 64;
 

@@ -36,7 +36,7 @@ struct PictureRow {
   }
 };
 
-template <class T>
+template <class T, bool EVALUATES>
 __global__ void __launch_bounds__(kThreads, 2) stem_forward_kernel(StemForwardParams p) {
   const int warp = thread_index() >> 5, lane = thread_index() & 31, g = lane >> 2, t = lane & 3;
   uint4 weights[3];
@@ -49,6 +49,11 @@ __global__ void __launch_bounds__(kThreads, 2) stem_forward_kernel(StemForwardPa
 
   const Share strips(p.images * kStrips, block_index() * kWarps + warp, block_count() * kWarps);
   ChannelSums sums;
+  float bias[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (EVALUATES) bias[i] = load_float(p.bias + t * 4 + i);
+  }
   for (int strip = strips.first; strip < strips.end; ++strip) {
     const int first_y = strip % kStrips * kStripRows;
     const char* picture = static_cast<const char*>(p.pictures) + strip / kStrips * kPictureBytes;
@@ -80,14 +85,19 @@ __global__ void __launch_bounds__(kThreads, 2) stem_forward_kernel(StemForwardPa
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int x = 16 * (i / 2) + g + 8 * (i % 2);
-            write_half_tile<T>(above[i / 2], i % 2, out + (y - 1) * kRowBytes + x * 32 + t * 8,
-                               true, sums);
+            char* at = out + (y - 1) * kRowBytes + x * 32 + t * 8;
+            if (EVALUATES) {
+              write_half_tile<T>(above[i / 2], i % 2, at, true, bias, make_uint2(0, 0));
+            } else {
+              write_half_tile<T>(above[i / 2], i % 2, at, true, sums);
+            }
           }
         }
         input = next;
       }
     }
   }
+  if (EVALUATES) return;
   sums.add_lanes();
   sums.store(shared_start() + warp * kWarpSumBytes);
   block_barrier();  // the warps' sums are there
@@ -113,6 +123,7 @@ constexpr int kWarpsAt = 256;  // behind the coefficients A, B, C
 constexpr int kSlabElements = 9 * 4 * 16;
 constexpr int kScratchAt = kWarpsAt + kWarps * kWarpBytes;
 constexpr int kBackwardBytes = kScratchAt + merge_bytes<16, kThreads>();
+static_assert(kBackwardBytes <= kMaxSharedBytes);
 // A strip's dy rows meet the rows of a from one above to one below it; row q of a meets the dy of
 // rows q + 1, q and q - 1 once q + 1 is there, so a strip takes so many steps.
 constexpr int kSteps = kStripRows + 3;
@@ -299,12 +310,18 @@ __global__ void __launch_bounds__(kThreads) sum_slabs_kernel(SlabSum slabs) {
 int stem_forward(const StemForwardParams& p, Dtype dtype, int blocks, bool overlap, void* stream) {
   if (p.images < 1 || p.images > 65535) return kBadImages;
   if (blocks < 1) return kBadBlocks;
-  if (p.pictures == nullptr || p.weight == nullptr || p.y == nullptr || p.y_sums == nullptr) {
+  if (p.pictures == nullptr || p.weight == nullptr || p.y == nullptr ||
+      (p.bias == nullptr && p.y_sums == nullptr)) {
     return kBadPointer;
   }
   const LaunchShape shape = {blocks, kThreads, kWarps * kWarpSumBytes, overlap, stream};
-  return dtype == Dtype::kFloat16 ? launch(stem_forward_kernel<Float16>, p, shape)
-                                  : launch(stem_forward_kernel<BFloat16>, p, shape);
+  const bool half = dtype == Dtype::kFloat16;
+  if (p.bias != nullptr) {
+    return half ? launch(stem_forward_kernel<Float16, true>, p, shape)
+                : launch(stem_forward_kernel<BFloat16, true>, p, shape);
+  }
+  return half ? launch(stem_forward_kernel<Float16, false>, p, shape)
+              : launch(stem_forward_kernel<BFloat16, false>, p, shape);
 }
 
 int stem_backward(const StemBackwardParams& p, Dtype dtype, int blocks, bool overlap,

@@ -6,12 +6,13 @@
 
 namespace cifar_resnet_fast {
 
-// y = conv(pictures)
+// y = conv(pictures); in evaluation, where bias is given, y = relu(conv(pictures) + bias)
 struct StemForwardParams {
   const void* pictures;  // [N, 32, 32, 4]
   const void* weight;    // fragments of a [16, 3, 3, 3] weight, see weights.h
-  void* y;               // [N, 32, 32, 16], raw
-  float* y_sums;         // [blocks, 2, 16] of y and y * y
+  const float* bias;     // [16], of the folded weight; null in training
+  void* y;               // [N, 32, 32, 16]
+  float* y_sums;         // [blocks, 2, 16] of y and y * y; not written in evaluation
   int images;
 };
 int stem_forward(const StemForwardParams& p, Dtype dtype, int blocks, bool overlap, void* stream);

@@ -23,8 +23,16 @@ DEVICE float stem_weight(const float* weight, int ky, int in, int out) {
 template <class T>
 __global__ void __launch_bounds__(kThreads) prepare_weights_kernel(WeightParams p) {
   const LayerWeights layer = p.layers[block_index() / kBlocksPerLayer];
-  const bool stem = layer.C == 3;
+  const bool stem = layer.C == 3, folds = layer.bn_weight != nullptr;
+  auto scale_of = [&](int k) {
+    return load_float(layer.bn_weight + k) / sqrtf(load_float(layer.running_var + k) + layer.eps);
+  };
   const int first = block_index() % kBlocksPerLayer * kThreads + thread_index();
+  if (folds && first < layer.K) {
+    store_float(layer.bias + first,
+                fused_multiply_add(-load_float(layer.running_mean + first), scale_of(first),
+                                   load_float(layer.bn_bias + first)));
+  }
   for (int direction = 0; direction < 2; ++direction) {
     void* to = direction == 0 ? layer.forward : layer.backward;
     if (to == nullptr) continue;
@@ -41,6 +49,7 @@ __global__ void __launch_bounds__(kThreads) prepare_weights_kernel(WeightParams 
         v[j] = stem             ? stem_weight(layer.weight, tap, in, out)
                : direction == 0 ? load_float(layer.weight + (out * layer.C + in) * 9 + tap)
                                 : load_float(layer.weight + (in * layer.C + out) * 9 + 8 - tap);
+        if (folds && direction == 0) v[j] *= scale_of(out);
       }
       store_16_bytes(static_cast<char*>(to) + i * 16,
                      make_uint4(T::pack(v[0], v[1]), T::pack(v[2], v[3]), T::pack(v[4], v[5]),

@@ -14,8 +14,15 @@ struct LayerWeights {
   const float* weight;  // [K, C, 3, 3], the fp32 master
   void* forward;        // [K / 16][9 taps][C / 16][fragment]; for C = 3: [3 ky][fragment]
   void* backward;       // [C / 16][9 taps mirrored][K / 16][fragment], in and out swapped; or null
-  int C;                // a multiple of 16, or 3: the stem, whose 16 "input channels" are
-  int K;                // 4 pixels kx = 0 .. 3 times 4 channels, the last of both zero
+  // evaluation: folds this normalisation into forward and bias; null in training
+  const float* bn_weight;     // [K]
+  const float* bn_bias;       // [K]
+  const float* running_mean;  // [K]
+  const float* running_var;   // [K]
+  float* bias;                // [K], written
+  float eps;
+  int C;  // a multiple of 16, or 3: the stem, whose 16 "input channels" are
+  int K;  // 4 pixels kx = 0 .. 3 times 4 channels, the last of both zero
 };
 
 // Once a step, all layers in one launch. `layers`: `count` of them in device memory.

@@ -105,20 +105,25 @@ def _structures(library) -> tuple[dict[str, type], dict[tuple[str, str], bool]]:
     return types, writable
 
 
-@functools.cache
-def load() -> Kernels:
-    """The kernels, built in a temporary folder that outlives the session."""
-    units = [HERE / "emulator.cpp", HERE / "bindings.cpp", *sorted(SOURCES.glob("*.cu"))]
-    sources = [*units, HERE / "emulator.h", *SOURCES.glob("*.cuh"), *SOURCES.glob("*.h")]
-    key = hashlib.sha256(" ".join([*FLAGS, compiler()]).encode())
-    for source in sorted(sources):
+def cache_folder(*words: str) -> Path:
+    """A temporary folder that outlives the session, for this state of the sources and words."""
+    key = hashlib.sha256(" ".join(words).encode())
+    for source in sorted([*HERE.glob("*.[ch]*"), *SOURCES.iterdir()]):
         key.update(source.name.encode() + b"\0" + source.read_bytes())
     folder = (
         Path(tempfile.gettempdir()) / f"cifar_resnet_fast_{os.getuid()}_{key.hexdigest()[:16]}"
     )
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@functools.cache
+def load() -> Kernels:
+    """The kernels, built once a change of the sources."""
+    units = [HERE / "emulator.cpp", HERE / "bindings.cpp", *sorted(SOURCES.glob("*.cu"))]
+    folder = cache_folder(compiler(), *FLAGS)
     library = folder / "emulated_kernels.so"
     if not library.exists():
-        folder.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
 
             def compile_unit(unit: Path) -> str:

@@ -1,5 +1,5 @@
-// The emulated kernels for ctypes: a table of the params structs' fields, and C functions that take
-// the structs by address. What the emulator finds wrong comes back as kFailed and a text.
+// The emulated kernels for ctypes: a table of the params structs' fields, and C functions that
+// take the structs by address. What the emulator finds wrong comes back as kFailed and a text.
 #include <cstddef>
 #include <string>
 #include <type_traits>
@@ -70,6 +70,13 @@ const Field kFields[] = {
     FIELD(ForwardParams, out),
     FIELD(ForwardParams, out_sums),
     FIELD(ForwardParams, images),
+    FIELD(EvaluateParams, x),
+    FIELD(EvaluateParams, weight),
+    FIELD(EvaluateParams, bias),
+    FIELD(EvaluateParams, shortcut),
+    FIELD(EvaluateParams, shortcut_kind),
+    FIELD(EvaluateParams, out),
+    FIELD(EvaluateParams, images),
     FIELD(BackwardParams, dz),
     FIELD(BackwardParams, y),
     STRUCT(BackwardParams, norm, BackwardNorm),
@@ -85,6 +92,7 @@ const Field kFields[] = {
     FIELD(BackwardParams, images),
     FIELD(StemForwardParams, pictures),
     FIELD(StemForwardParams, weight),
+    FIELD(StemForwardParams, bias),
     FIELD(StemForwardParams, y),
     FIELD(StemForwardParams, y_sums),
     FIELD(StemForwardParams, images),
@@ -98,6 +106,12 @@ const Field kFields[] = {
     FIELD(LayerWeights, weight),
     FIELD(LayerWeights, forward),
     FIELD(LayerWeights, backward),
+    FIELD(LayerWeights, bn_weight),
+    FIELD(LayerWeights, bn_bias),
+    FIELD(LayerWeights, running_mean),
+    FIELD(LayerWeights, running_var),
+    FIELD(LayerWeights, bias),
+    FIELD(LayerWeights, eps),
     FIELD(LayerWeights, C),
     FIELD(LayerWeights, K),
 };
@@ -120,12 +134,18 @@ const Field* emulated_fields(int* count) {
   *count = sizeof kFields / sizeof kFields[0];
   return kFields;
 }
-const char* emulated_failure() { return failure.c_str(); }
-void emulated_order(int order) { set_order(static_cast<Order>(order)); }
+const char* emulated_failure() {
+  return failure.c_str();
+}
+void emulated_order(int order) {
+  set_order(static_cast<Order>(order));
+}
 void emulated_allow(const void* start, size_t bytes, int writable) {
   allow(start, bytes, writable != 0);
 }
-void emulated_forbid_all() { forbid_all(); }
+void emulated_forbid_all() {
+  forbid_all();
+}
 
 int emulated_conv3x3_forward(const ForwardParams* p, int dtype, int channels, int stride,
                              int blocks) {
@@ -136,17 +156,27 @@ int emulated_conv3x3_forward(const ForwardParams* p, int dtype, int channels, in
 int emulated_conv3x3_backward(const BackwardParams* p, int dtype, int channels, int stride,
                               int blocks) {
   return guarded([&] {
-    return conv3x3_backward(*p, static_cast<Dtype>(dtype), channels, stride, blocks, true, nullptr);
+    return conv3x3_backward(*p, static_cast<Dtype>(dtype), channels, stride, blocks, true,
+                            nullptr);
+  });
+}
+int emulated_conv3x3_evaluate(const EvaluateParams* p, int dtype, int channels, int stride,
+                              int blocks) {
+  return guarded([&] {
+    return conv3x3_evaluate(*p, static_cast<Dtype>(dtype), channels, stride, blocks, true,
+                            nullptr);
   });
 }
 int emulated_conv3x3_backward_rows(int channels, int stride, int blocks) {
   return conv3x3_backward_rows(channels, stride, blocks);
 }
 int emulated_stem_forward(const StemForwardParams* p, int dtype, int blocks) {
-  return guarded([&] { return stem_forward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
+  return guarded(
+      [&] { return stem_forward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
 }
 int emulated_stem_backward(const StemBackwardParams* p, int dtype, int blocks) {
-  return guarded([&] { return stem_backward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
+  return guarded(
+      [&] { return stem_backward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
 }
 int emulated_sum_slabs(const SlabSum* slabs, int, int blocks) {
   return guarded([&] { return sum_slabs(*slabs, blocks, true, nullptr); });
