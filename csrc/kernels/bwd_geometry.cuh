@@ -1,20 +1,18 @@
 // Backward 3x3 convolutions (B1 and B2 of conv3x3.h): who works on what, and where it lies.
 //
 // As in the forward kernels a *unit* is an image or a few side by side, and a *group* of warps
-// streams whole units. One kernel makes both gradients, because both need the same rows of dy and
-// a:
-//   Producer warps        bring raw rows of dz, y and the input (cp.async rings, lane-private),
-//   turn
-//                         them into haloed rows of dy and of a = the convolution's finished input.
-//   Input-gradient warps  16 input channels each, from the rows of dy, weights in registers.
-//   Weight-gradient warps keep their part of dweight in registers: a part of the input and the
-//   output
-//                         channels for all 9 taps, from the rows of dy and a.
+// streams whole units. One kernel makes both gradients, because both need the same rows of dy
+// and a.
+//   Producer warps bring raw rows of dz, y and the input (cp.async rings, lane-private), and turn
+//     them into haloed rows of dy and of a = the convolution's finished input.
+//   Input-gradient warps make 16 input channels each from the rows of dy, weights in registers.
+//   Weight-gradient warps keep a part of dweight in registers, 16 input and 16 or 32 output
+//     channels for all 9 taps, and add to it from the rows of dy and a.
 // What is behind the input gradient (residual, mask by a > 0, sums, store) is done
-//   directly  by the input-gradient warps with 16 channels, from registers, the other tensors by
-//             lane-private 8-byte copies;
-//   staged    otherwise: the warps put their rows, rounded, into a staging ring, and the producers
-//             finish them with 16-byte accesses, three steps behind the rows they produce.
+//   directly, with 16 channels, by the input-gradient warps from registers, the other tensors by
+//     lane-private 8-byte copies;
+//   staged, otherwise: the warps put their rows, rounded, into a staging ring, and the producers
+//     finish them with 16-byte accesses, three steps behind the rows they produce.
 // A *step* is so many rows of dy and the same rows of a; at stride 2 twice as many rows of a. One
 // named barrier a step: at barrier k, dy and a of step k are complete; the dy of step k - 1 has
 // been read; a, which the weight gradient reads one row late and the mask three steps late, and

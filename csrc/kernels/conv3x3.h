@@ -15,14 +15,29 @@ namespace cifar_resnet_fast {
 enum class Dtype { kFloat16, kBFloat16 };
 
 enum BadArgument : int {
-  kBadImages = -1,  // images must be 1 .. 65535
-  kBadChannels =
-      -2,  // channels must be 16, 32 or 64; at stride 2 those of the larger picture, 16 or 32
-  kBadBlocks = -3,    // blocks must be at least 1
-  kBadShortcut = -4,  // stage 1 has no shortcut from a stage before
-  kBadPointer = -5,   // a pointer that the kernel needs is null
+  kBadImages = -1,
+  kBadShape = -2,
+  kBadBlocks = -3,
+  kBadShortcut = -4,
+  kBadPointer = -5,
 };
-const char* bad_argument_text(int status);
+
+inline const char* bad_argument_text(int status) {
+  switch (status) {
+    case kBadImages:
+      return "images must be 1 .. 65535";
+    case kBadShape:
+      return "channels must be 16, 32 or 64 at stride 1, and 16 or 32 at stride 2";
+    case kBadBlocks:
+      return "blocks must be at least 1";
+    case kBadShortcut:
+      return "the shortcut must be of the same stage or, with more than 16 channels, option A's";
+    case kBadPointer:
+      return "a pointer that the kernel needs is null";
+    default:
+      return "unknown status";
+  }
+}
 
 // Batch normalisation of y from sums of y and y * y. Block 0 writes `saved` and the running
 // values.

@@ -59,9 +59,9 @@ int launch_backward(const BackwardParams& p, int channels, int stride, int block
     if (!residual) return kBadPointer;
     if (channels == 16) return launch_backward<T, 16, 2, true>(p, blocks, overlap, stream);
     if (channels == 32) return launch_backward<T, 32, 2, true>(p, blocks, overlap, stream);
-    return kBadChannels;
+    return kBadShape;
   }
-  if (stride != 1) return kBadChannels;
+  if (stride != 1) return kBadShape;
   switch (channels) {
     case 16:
       return residual ? launch_backward<T, 16, 1, true>(p, blocks, overlap, stream)
@@ -73,7 +73,7 @@ int launch_backward(const BackwardParams& p, int channels, int stride, int block
       return residual ? launch_backward<T, 64, 1, true>(p, blocks, overlap, stream)
                       : launch_backward<T, 64, 1, false>(p, blocks, overlap, stream);
     default:
-      return kBadChannels;
+      return kBadShape;
   }
 }
 

@@ -190,7 +190,7 @@ int launch_evaluate(const EvaluateParams& p, int channels, int stride, int block
   if (stride == 1 && channels == 64) return launch_evaluate<T, 64, 1>(p, blocks, overlap, stream);
   if (stride == 2 && channels == 16) return launch_evaluate<T, 16, 2>(p, blocks, overlap, stream);
   if (stride == 2 && channels == 32) return launch_evaluate<T, 32, 2>(p, blocks, overlap, stream);
-  return kBadChannels;
+  return kBadShape;
 }
 
 }  // namespace

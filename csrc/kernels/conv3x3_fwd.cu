@@ -20,9 +20,9 @@ int launch_forward(const ForwardParams& p, int channels, int stride, int blocks,
     if (!finishes) return kBadPointer;
     if (channels == 16) return launch_forward<T, 16, 2, true>(p, blocks, overlap, stream);
     if (channels == 32) return launch_forward<T, 32, 2, true>(p, blocks, overlap, stream);
-    return kBadChannels;
+    return kBadShape;
   }
-  if (stride != 1) return kBadChannels;
+  if (stride != 1) return kBadShape;
   switch (channels) {
     case 16:
       return finishes ? launch_forward<T, 16, 1, true>(p, blocks, overlap, stream)
@@ -34,7 +34,7 @@ int launch_forward(const ForwardParams& p, int channels, int stride, int blocks,
       return finishes ? launch_forward<T, 64, 1, true>(p, blocks, overlap, stream)
                       : launch_forward<T, 64, 1, false>(p, blocks, overlap, stream);
     default:
-      return kBadChannels;
+      return kBadShape;
   }
 }
 

@@ -2,14 +2,11 @@
 //
 // A *unit* is an image, or a few side by side, that are streamed together, row by row. A *group*
 // of warps streams whole units; a block has one or more groups and meets only before and after.
-//   Producer warps  bring raw rows into a ring of shared memory, each lane its own 16-byte chunks
-//   of
-//                   its own (cp.async, several steps ahead); once there, the lane applies scale,
-//                   shift, shortcut and ReLU in registers, writes the chunk into a haloed row, and
-//                   for F1 to x.
-//   Convolution     warps make 16 output channels each from the haloed rows (conv_rows.cuh), and
-//   write
-//                   raw rows straight from registers: 8 bytes a lane, full 32-byte sectors.
+//   Producer warps bring raw rows into a ring of shared memory, each lane its own 16-byte chunks
+//     for itself (cp.async, several steps ahead). Once a chunk is there, the lane applies scale,
+//     shift, shortcut and ReLU in registers and writes it into a haloed row, and for F1 to x.
+//   Convolution warps make 16 output channels each from the haloed rows (conv_rows.cuh), and
+//     write raw rows straight from registers: 8 bytes a lane, full 32-byte sectors.
 // A *step* is one or two rows. There are haloed rows for two steps: while the convolution warps
 // read one step's, the producers write the next step's. One named barrier a step orders both: at
 // barrier k the rows of step k are complete, and those of step k - 1, whose place step k + 1

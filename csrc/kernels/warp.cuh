@@ -54,6 +54,12 @@ DEVICE uint32_t load_4_bytes(const void* p) {
 DEVICE float load_float(const float* p) {
   return __ldcg(p);
 }
+DEVICE unsigned load_byte(const unsigned char* p) {
+  return __ldcg(p);
+}
+DEVICE void store_byte(unsigned char* p, unsigned v) {
+  *p = static_cast<unsigned char>(v);
+}
 DEVICE void store_float(float* p, float v) {
   *p = v;
 }

@@ -24,15 +24,19 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) prepare_weights_kernel(WeightParams p) {
   const LayerWeights layer = p.layers[block_index() / kBlocksPerLayer];
   const bool stem = layer.C == 3, folds = layer.bn_weight != nullptr;
-  auto scale_of = [&](int k) {
-    return load_float(layer.bn_weight + k) / sqrtf(load_float(layer.running_var + k) + layer.eps);
-  };
-  const int first = block_index() % kBlocksPerLayer * kThreads + thread_index();
-  if (folds && first < layer.K) {
-    store_float(layer.bias + first,
-                fused_multiply_add(-load_float(layer.running_mean + first), scale_of(first),
-                                   load_float(layer.bn_bias + first)));
+  // the folded scales, in shared memory
+  if (folds && thread_index() < layer.K) {
+    const int k = thread_index();
+    const float scale =
+        load_float(layer.bn_weight + k) / sqrtf(load_float(layer.running_var + k) + layer.eps);
+    store_shared(shared_start() + k * 4, scale);
+    if (block_index() % kBlocksPerLayer == 0) {
+      store_float(layer.bias + k, fused_multiply_add(-load_float(layer.running_mean + k), scale,
+                                                     load_float(layer.bn_bias + k)));
+    }
   }
+  block_barrier();  // the scales are there
+  const int first = block_index() % kBlocksPerLayer * kThreads + thread_index();
   for (int direction = 0; direction < 2; ++direction) {
     void* to = direction == 0 ? layer.forward : layer.backward;
     if (to == nullptr) continue;
@@ -49,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) prepare_weights_kernel(WeightParams 
         v[j] = stem             ? stem_weight(layer.weight, tap, in, out)
                : direction == 0 ? load_float(layer.weight + (out * layer.C + in) * 9 + tap)
                                 : load_float(layer.weight + (in * layer.C + out) * 9 + 8 - tap);
-        if (folds && direction == 0) v[j] *= scale_of(out);
+        if (folds && direction == 0) v[j] *= load_shared_float(shared_start() + out * 4);
       }
       store_16_bytes(static_cast<char*>(to) + i * 16,
                      make_uint4(T::pack(v[0], v[1]), T::pack(v[2], v[3]), T::pack(v[4], v[5]),
@@ -63,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) prepare_weights_kernel(WeightParams 
 int prepare_weights(const LayerWeights* layers, int count, Dtype dtype, void* stream) {
   if (layers == nullptr) return kBadPointer;
   if (count < 1) return 0;
-  const LaunchShape shape = {count * kBlocksPerLayer, kThreads, 0, false, stream};
+  const LaunchShape shape = {count * kBlocksPerLayer, kThreads, kThreads * 4, false, stream};
   return dtype == Dtype::kFloat16
              ? launch(prepare_weights_kernel<Float16>, WeightParams{layers}, shape)
              : launch(prepare_weights_kernel<BFloat16>, WeightParams{layers}, shape);

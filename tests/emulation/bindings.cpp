@@ -6,6 +6,7 @@
 
 #include "conv3x3.h"
 #include "emulator.h"
+#include "head.h"
 #include "stem.h"
 #include "weights.h"
 
@@ -103,6 +104,20 @@ const Field kFields[] = {
     FIELD(StemBackwardParams, slabs),
     STRUCT(StemBackwardParams, before, SlabSum),
     FIELD(StemBackwardParams, images),
+    FIELD(HeadForwardParams, y),
+    STRUCT(HeadForwardParams, norm, ForwardNorm),
+    FIELD(HeadForwardParams, shortcut),
+    FIELD(HeadForwardParams, shortcut_kind),
+    FIELD(HeadForwardParams, positive),
+    FIELD(HeadForwardParams, pooled),
+    FIELD(HeadForwardParams, images),
+    FIELD(HeadBackwardParams, dpooled),
+    FIELD(HeadBackwardParams, positive),
+    FIELD(HeadBackwardParams, y),
+    FIELD(HeadBackwardParams, saved),
+    FIELD(HeadBackwardParams, dz),
+    FIELD(HeadBackwardParams, dz_sums),
+    FIELD(HeadBackwardParams, images),
     FIELD(LayerWeights, weight),
     FIELD(LayerWeights, forward),
     FIELD(LayerWeights, backward),
@@ -177,6 +192,14 @@ int emulated_stem_forward(const StemForwardParams* p, int dtype, int blocks) {
 int emulated_stem_backward(const StemBackwardParams* p, int dtype, int blocks) {
   return guarded(
       [&] { return stem_backward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
+}
+int emulated_head_forward(const HeadForwardParams* p, int dtype, int blocks) {
+  return guarded(
+      [&] { return head_forward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
+}
+int emulated_head_backward(const HeadBackwardParams* p, int dtype, int blocks) {
+  return guarded(
+      [&] { return head_backward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
 }
 int emulated_sum_slabs(const SlabSum* slabs, int, int blocks) {
   return guarded([&] { return sum_slabs(*slabs, blocks, true, nullptr); });

@@ -113,6 +113,12 @@ inline uint32_t load_4_bytes(const void* p) {
 inline float load_float(const float* p) {
   return load_global<float>(p);
 }
+inline unsigned load_byte(const unsigned char* p) {
+  return load_global<unsigned char>(p);
+}
+inline void store_byte(unsigned char* p, unsigned v) {
+  store_global(p, static_cast<unsigned char>(v));
+}
 inline void store_float(float* p, float v) {
   store_global(p, v);
 }
