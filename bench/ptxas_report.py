@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 86, 89, 90)
 FLAGS = (
     *("-std=c++20", "-O3", "-Xptxas", "-v"),
+    "--threads=0",  # the architectures side by side
     *("-Xcompiler", "-Wall,-Wextra,-Werror", "-Werror", "all-warnings"),
     # as torch's extension builder sets them
     *("-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__"),

@@ -23,6 +23,7 @@ REGISTERS = 65_536  # a multiprocessor's
 # --- the CUDA sources, compiled for every architecture -----------------------------------------
 
 
+@pytest.mark.timeout(1200)  # conv3x3_bwd.cu takes three minutes of one core
 @pytest.mark.parametrize("source", ptxas_report.sources(), ids=lambda path: path.name)
 def test_kernels_compile_without_warnings_and_fit_every_card(source):
     nvcc = ptxas_report.find_nvcc()

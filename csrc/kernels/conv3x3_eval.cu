@@ -8,7 +8,6 @@
 #include "launch.cuh"
 
 namespace cifar_resnet_fast {
-namespace {
 
 template <int C_, int STRIDE_>
 struct EvaluateGeometry {
@@ -29,6 +28,8 @@ struct EvaluateGeometry {
   static constexpr int kUnitSteps = Out::kSize;
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
+
+namespace {
 
 template <class G>
 DEVICE void copy_rows(const EvaluateParams& p, const Share& units, int group, int index,

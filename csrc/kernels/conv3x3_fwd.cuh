@@ -304,39 +304,4 @@ DEVICE void convolve_rows_stride_2(const ForwardParams& p, const Share& units, i
   finish_convolver<G>(sums, group * G::kConvolvers + index);
 }
 
-template <class T, int C, int STRIDE, bool FINISHES>
-__global__ void __launch_bounds__((ForwardGeometry<C, STRIDE, FINISHES>::kThreads), 1)
-    conv3x3_forward_kernel(ForwardParams p) {
-  using G = ForwardGeometry<C, STRIDE, FINISHES>;
-  constexpr int kConvolvers = G::kConfig.groups * G::kConvolvers;
-  const int warp = thread_index() >> 5;
-  const bool produces = warp >= kConvolvers;
-  const int role_warps = produces ? G::kConfig.producers : G::kConvolvers;
-  const int warp_of_role = produces ? warp - kConvolvers : warp;
-  const int group = warp_of_role / role_warps, index = warp_of_role % role_warps;
-  const uint32_t halo = shared_start() + G::kGroupsAt + group * G::kGroupBytes;
-  const Share units((p.images + G::kImages - 1) / G::kImages,
-                    block_index() * G::kConfig.groups + group, block_count() * G::kConfig.groups);
-  let_next_kernel_start();
-  if (produces) {
-    wait_for_kernel_before();
-    produce_rows<T, G, C, FINISHES>(p, units, group, index, halo);
-  } else if constexpr (STRIDE == 1) {
-    convolve_rows<T, G, C>(p, units, group, index, halo);
-  } else {
-    convolve_rows_stride_2<T, G, C>(p, units, group, index, halo);
-  }
-  // the block's row of sums, over its groups in order
-  for (int i = thread_index(); i < 2 * G::kOut; i += G::kThreads) {
-    const int which = i / G::kOut, c = i % G::kOut;
-    float sum = 0;
-    for (int g = 0; g < G::kConfig.groups; ++g) {
-      sum += load_shared_float(shared_start() + G::kGroupsAt +
-                               (g * G::kConvolvers + c / 16) * kWarpSumBytes +
-                               (which * 16 + c % 16) * 4);
-    }
-    store_float(p.out_sums + block_index() * 2 * G::kOut + i, sum);
-  }
-}
-
 }  // namespace cifar_resnet_fast

@@ -1,6 +1,7 @@
 """The CUDA kernels on a CPU: csrc/kernels compiled by the C++ compiler against emulator.h.
 
-``load()`` builds once a change of the sources and gives the ``Kernels``.
+``load()`` builds those that launch through launch.cuh, once a change of the sources, and gives the
+``Kernels``.
 """
 
 import ctypes
@@ -105,23 +106,18 @@ def _structures(library) -> tuple[dict[str, type], dict[tuple[str, str], bool]]:
     return types, writable
 
 
-def cache_folder(*words: str) -> Path:
-    """A temporary folder that outlives the session, for this state of the sources and words."""
-    key = hashlib.sha256(" ".join(words).encode())
+@functools.cache
+def load() -> Kernels:
+    """The kernels, built in a temporary folder that outlives the session."""
+    units = [HERE / "emulator.cpp", HERE / "bindings.cpp"]
+    units += [unit for unit in SOURCES.glob("*.cu") if '"launch.cuh"' in unit.read_text()]
+    key = hashlib.sha256(" ".join([compiler(), *FLAGS]).encode())
     for source in sorted([*HERE.glob("*.[ch]*"), *SOURCES.iterdir()]):
         key.update(source.name.encode() + b"\0" + source.read_bytes())
     folder = (
         Path(tempfile.gettempdir()) / f"cifar_resnet_fast_{os.getuid()}_{key.hexdigest()[:16]}"
     )
     folder.mkdir(exist_ok=True)
-    return folder
-
-
-@functools.cache
-def load() -> Kernels:
-    """The kernels, built once a change of the sources."""
-    units = [HERE / "emulator.cpp", HERE / "bindings.cpp", *sorted(SOURCES.glob("*.cu"))]
-    folder = cache_folder(compiler(), *FLAGS)
     library = folder / "emulated_kernels.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
