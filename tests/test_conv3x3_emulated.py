@@ -261,7 +261,7 @@ def test_backward(kernels, C, stride, b1, N, blocks, order, dtype):
 
 
 def test_order_of_warps_changes_nothing(kernels):
-    """The same bits whatever the order in which warps advance; so no result depends on timing."""
+    """The same bits whatever the order in which warps advance: nothing depends on timing."""
     generator = torch.Generator().manual_seed(1)
     y = image(generator, 9, 16, torch.bfloat16)
     weight = torch.randn(16, 16, 3, 3, generator=generator) / 12
