@@ -23,12 +23,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cifar_resnet_fast.kernels import bn, launch
+from cifar_resnet_fast.kernels.augment import load_batch
 from cifar_resnet_fast.kernels.conv3x3_bwd import conv3x3_bwd
 from cifar_resnet_fast.kernels.conv3x3_fwd import conv3x3_fwd
+from cifar_resnet_fast.kernels.sgd import sgd
 from cifar_resnet_fast.kernels.shortcut_a import shortcut_a_bwd, shortcut_a_fwd
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 BATCH, STAGES = 1024, ((3, 16, 32, 1), (16, 16, 32, 1), (16, 32, 32, 2), (32, 32, 16, 1))
 STAGES += ((32, 64, 16, 2), (64, 64, 8, 1))  # C, K, H = W, stride: the family's convolutions
 
@@ -97,6 +100,7 @@ def launch_everything(dtype: torch.dtype, stages=STAGES) -> None:
         coef, _, _ = bn.bn_merge_bwd(partials, affine, pixels, training=True, dtype=torch.float32)
         step = {"stride": stride, "relu": True}
         if C == 3:
+            launch_around_the_network(dtype, H)
             conv3x3_bwd(dz, y, coef, x, weight, **step, dx=False, dweight=dweight)
             continue
         below = empty(4, C)
@@ -111,6 +115,28 @@ def launch_everything(dtype: torch.dtype, stages=STAGES) -> None:
         conv3x3_bwd(dz, y, coef, x, weight, **step, **raw, residual=x)
         if stride == 2:
             shortcut_a_bwd(shortcut_a_fwd(x, K, stride), C, H, H, stride)
+
+
+def launch_around_the_network(dtype: torch.dtype, H: int) -> None:
+    """The batch and the update, which a step begins and ends with."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    load_batch(
+        empty(50_000, H, H, 3, dtype=torch.uint8),
+        empty(50_000, dtype=torch.int64),
+        empty(256, 3, dtype=dtype),
+        empty(6, 48 * BATCH, dtype=torch.int32),
+        empty(dtype=torch.int64),
+        batch_size=BATCH,
+        padding=4,
+        cutout=8,
+    )
+    flat, scalar, count = [empty(853_056)] * 3, [empty()] * 2, empty(dtype=torch.int32)
+    copy = None if dtype == torch.float32 else empty(853_056, dtype=dtype)
+    settings = {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+    sgd(*flat, *scalar, count, copy, decayed=853_056, **settings)
 
 
 @contextmanager
@@ -205,8 +231,9 @@ def kernel_resources(arch: int, dtype: str, stages=STAGES) -> Iterator[Resources
             for key, value in arguments.items()
             if key in OPTIONAL and value is not None
         )
-        # a kernel without C has as many input channels as output channels
-        sizes = (arguments.get("C", arguments["K"]), arguments["K"])
+        # a kernel without C has as many input channels as output channels; 0 where there are none
+        K = arguments.get("K", 0)
+        sizes = (arguments.get("C", K), K)
         launches.setdefault((name, *sizes, flags), (kernel, arguments))
 
     with compiling_for(arch, record):
@@ -228,6 +255,7 @@ OPTIONAL = {
     "a_ptr",
     "dz_ptr",
     "dy_ptr",
+    "copy_ptr",
 }
 
 
