@@ -203,8 +203,8 @@ class Engine:
         """The metrics asked for last, on the host."""
         return self._readback.values()
 
-    def evaluate(self) -> tuple[float, float]:
-        """Mean cross entropy and accuracy (0 .. 1) over all pictures of the testing loader."""
+    def start_evaluation(self) -> None:
+        """Launch the evaluation on all pictures of the testing loader; nothing waits for it."""
         averaged = [] if self._averaged is None else self._averaged.flats[1:]
         for flat in (*self._buffers, *averaged):
             self._processes.spread(flat)
@@ -212,6 +212,9 @@ class Engine:
         if self.done < len(self._schedule):
             # the next epoch is drawn while the device evaluates
             self._training.prepare(self.done, self._seed)
+
+    def evaluation(self) -> tuple[float, float]:
+        """Mean cross entropy and accuracy (0 .. 1) of the evaluation launched last."""
         return self._evaluator.result()
 
     def step_bytes(self, pictures: int) -> int:

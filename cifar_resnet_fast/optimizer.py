@@ -202,7 +202,7 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self, first: Tensor) -> None:
         """Move towards the model, or where ``first``, [] bool on the device, copy it."""
-        weight = torch.where(first, 1.0, 1.0 - self._decay)
+        weight = 1.0 - self._decay * ~first
         for flat, source in zip(self.flats, self._sources, strict=True):
             if flat.is_floating_point():
                 flat.lerp_(source, weight)

@@ -182,7 +182,7 @@ def load_batch(
         cut_h = (below_top >= 0) & (below_top < cutout)
         cut_w = (right_of_left >= 0) & (right_of_left < cutout)
         batch = batch.masked_fill((cut_h[:, :, None] & cut_w[:, None, :])[..., None], 0)
-    return batch.permute(0, 3, 1, 2), torch.where(present, labels[index], -1)
+    return batch.permute(0, 3, 1, 2), labels[index].masked_fill(~present, -1)
 
 
 def sgd(

@@ -1,6 +1,7 @@
 """One training in its folder: begun, stopped, resumed, finished (layer 4).
 
-The folder holds config.json, metrics.jsonl, curves.png and checkpoint.pt. The checkpoint has
+The folder holds config.json, metrics.jsonl, curves.png and checkpoint.pt. The checkpoint, written
+after an epoch unless the last one is ten seconds old at most, and when the run ends or stops, has
 everything that the next step depends on, so a run that was stopped at any step and resumed ends
 with the bits of one that was not. Its ``state_dict`` holds the weights that were evaluated, so
 ``load_checkpoint`` takes the same file.
@@ -31,6 +32,7 @@ from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 
 _SHOW_EVERY_SECONDS = 0.2  # reading the loss back waits for the GPU
+_SAVE_EVERY_SECONDS = 10.0  # an epoch can take less time than a checkpoint's way to the disk
 _AGREE_EVERY_STEPS = 8
 _CHECKPOINT = "checkpoint.pt"
 IMAGENET_STATISTICS = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
@@ -123,6 +125,7 @@ class Run:
             processes=processes,
         )
         self.seconds = 0.0
+        self._saved = -math.inf  # when the last checkpoint was
         processes.any(False)  # what the first one did in the folder before is done
         if (folder / _CHECKPOINT).exists():
             self._load()
@@ -152,7 +155,10 @@ class Run:
             for epoch in range(self.step // steps, config.epochs):
                 speed = self._train_epoch(epoch, logbook, stop)
                 self._finish_epoch(epoch, speed, logbook)
-                if self.processes.any(stop.wished) and epoch + 1 < config.epochs:
+                last, stopping = epoch + 1 == config.epochs, self.processes.any(stop.wished)
+                if last or stopping or time.monotonic() - self._saved > _SAVE_EVERY_SECONDS:
+                    self._save()
+                if stopping and not last:
                     raise self._stopped()
             accuracy = logbook.rows[-1]["test_accuracy"]
             logbook.say(
@@ -230,7 +236,8 @@ class Run:
                 self._save()
                 raise self._stopped()
         engine.ask_metrics()
-        engine.read_metrics()  # waits for the last step
+        engine.start_evaluation()  # before anything waits, so that the device stays busy
+        engine.read_metrics()  # waits for the last step, not for the evaluation
         elapsed = time.monotonic() - began
         self._show(self.step, (self.step - first) / elapsed, epoch, logbook)
         self.seconds += elapsed
@@ -250,7 +257,7 @@ class Run:
         logbook.show(step, loss, accuracy, steps_per_second * training.batch_size)
 
     def _finish_epoch(self, epoch: int, images_per_second: float, logbook: Logbook) -> None:
-        """Evaluate, keep the epoch's row and the checkpoint, in this order.
+        """Keep the epoch's row; its checkpoint, if there is one, comes afterwards.
 
         A row without its checkpoint is dropped on resume; a checkpoint without its row would
         leave a gap.
@@ -260,7 +267,7 @@ class Run:
         loss, accuracy = self._epoch_so_far(epoch, self.data.training.steps)
         self._check_weights()
         skipped = int(self.engine.read_metrics()[2, -1])
-        test_loss, test_accuracy = self.engine.evaluate()
+        test_loss, test_accuracy = self.engine.evaluation()
         self.seconds += time.monotonic() - began
         logbook.add(
             {
@@ -282,7 +289,6 @@ class Run:
                 f"overflowed at loss scale {self.config.loss_scale:g}; a lower "
                 f"{flag_of('loss_scale')} helps where there are many"
             )
-        self._save()
 
     def _epoch_so_far(self, epoch: int, steps: int) -> tuple[float, float]:
         """Mean loss and accuracy of the epoch's first ``steps`` steps, out of the metrics asked
@@ -345,6 +351,7 @@ class Run:
             "engine": self.engine.state_dict(),
         }
         save_checkpoint(self.folder / _CHECKPOINT, content)
+        self._saved = time.monotonic()
 
     def _load(self) -> None:
         path = self.folder / _CHECKPOINT

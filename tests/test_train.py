@@ -473,6 +473,22 @@ def test_a_real_divergence_leaves_no_bad_checkpoint(tmp_path, capsys):
     assert not (out / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize(("every", "steps"), [(10.0, [4, 12]), (0.0, [4, 8, 12])])
+def test_checkpoints_of_short_epochs_are_left_out(tmp_path, monkeypatch, every, steps):
+    from cifar_resnet_fast import run as run_module
+
+    save, saved = run_module.save_checkpoint, []
+
+    def recorded(path, content):
+        saved.append(content["engine"]["step"])
+        save(path, content)
+
+    monkeypatch.setattr(run_module, "save_checkpoint", recorded)
+    monkeypatch.setattr(run_module, "_SAVE_EVERY_SECONDS", every)
+    run(out=tmp_path / "run")
+    assert saved == steps
+
+
 def test_full_disk(tmp_path, monkeypatch, capsys):
     from cifar_resnet_fast import run as run_module
 
