@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bench import traffic
-from bench.measure import Timing, WrongResult, quantiles
+from bench.measure import Call, Timing, WrongResult, quantiles, time_calls
 from bench.suite import FAILURES, Suite, Unavailable, flags, rates, timed
 from bench.traffic import Sizes
 from cifar_resnet_fast.engine import DTYPES
@@ -34,9 +34,9 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 Epochs = Callable[[int], Batches]  # the batches of epoch n
 
 
-def package(suite: Suite, pictures: Tensor, batch: int, dtype: str) -> Epochs:
-    """The package's loader: everything on the device."""
-    loader = Loader(
+def package_loader(suite: Suite, pictures: Tensor, batch: int, dtype: str) -> Loader:
+    """Of the pictures, each with its number as its label."""
+    return Loader(
         pictures,
         torch.arange(len(pictures)),
         MEAN,
@@ -45,7 +45,20 @@ def package(suite: Suite, pictures: Tensor, batch: int, dtype: str) -> Epochs:
         device=suite.device,
         dtype=DTYPES[dtype],
     )
-    return lambda epoch: loader.training_batches(0, epoch)
+
+
+def package(suite: Suite, pictures: Tensor, batch: int, dtype: str) -> Epochs:
+    """The package's loader: everything on the device."""
+    loader = package_loader(suite, pictures, batch, dtype)
+    counter = torch.zeros((), dtype=torch.int64, device=suite.device)
+
+    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(number * loader.steps, (number + 1) * loader.steps):
+            loader.prepare(step)
+            counter.fill_(step)
+            yield loader.batch(counter)
+
+    return epoch
 
 
 def torchvision(suite: Suite, pictures: Tensor, batch: int, dtype: str) -> Epochs:
@@ -119,7 +132,9 @@ def airbench(suite: Suite, pictures: Tensor, batch: int, dtype: str) -> Epochs:
     return lambda epoch: loader
 
 
-LOADERS = {"package": package, "torchvision": torchvision, "airbench": airbench}
+# the package's batch is one launch of the step's graph: timed like that, too, on a GPU
+IN_GRAPH = "package in a graph"
+LOADERS = {"package": package, IN_GRAPH: package, "torchvision": torchvision, "airbench": airbench}
 
 
 def verify(batch: tuple[Tensor, Tensor], pictures: Tensor, size: int, *, reflect: bool) -> None:
@@ -163,6 +178,25 @@ def time_epochs(suite: Suite, epochs: Epochs, count: int) -> Timing:
     return Timing(statistics.median(samples[1:]), low, high, count, "clock", None)
 
 
+def time_in_graph(suite: Suite, pictures: Tensor, batch: int, dtype: str) -> Timing:
+    """Seconds a batch of the package's loader, many in one CUDA graph.
+
+    Raises:
+        Unavailable: no GPU
+    """
+    if not suite.on_gpu:
+        raise Unavailable("CUDA graphs need a GPU")
+    loader = package_loader(suite, pictures, batch, dtype)
+    loader.prepare(0)
+
+    def prepare(copy: int) -> Call:
+        step = torch.full((), copy % loader.steps, dtype=torch.int64, device=suite.device)
+        return lambda: loader.batch(step)
+
+    moved = traffic.loader(Sizes(batch, dtype)).bytes
+    return time_calls(prepare, suite.device, input_bytes=moved, seconds=suite.seconds)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = flags("loader", __doc__.partition("\n\n")[2])
     parser.add_argument("--implementation", nargs="+", choices=LOADERS)
@@ -186,7 +220,10 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             loader = LOADERS[name](suite, pictures, batch, dtype)
             verify(next(iter(loader(0))), pictures, batch, reflect=name == "airbench")
-            timing = time_epochs(suite, loader, epochs)
+            if name == IN_GRAPH:
+                timing = time_in_graph(suite, pictures, batch, dtype)
+            else:
+                timing = time_epochs(suite, loader, epochs)
         except FAILURES as error:
             suite.add_failure(key, error)
             continue

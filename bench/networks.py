@@ -1,8 +1,9 @@
 """Training steps and forward passes to be timed: the package's and plain PyTorch's (``step.py``).
 
-Each is called once a step, on pictures of its own that never change. Plain PyTorch is the same
-network of PyTorch's own operations: eager or under torch.compile, in float32 or with autocast,
-perhaps replayed from a CUDA graph. All start from the same weights and the same batch.
+Plain PyTorch is the same network of PyTorch's own operations: eager or under torch.compile, in
+float32 or with autocast, perhaps replayed from a CUDA graph, on one batch that is there already.
+The package's step is the engine's, which also makes its batch. All start from the same weights and
+the same batch.
 """
 
 import contextlib
@@ -14,11 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.suite import Unavailable
+from cifar_resnet_fast.capture import capture_for
 from cifar_resnet_fast.engine import DTYPES, Engine
+from cifar_resnet_fast.loader import Loader
+from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4
 LOSS_SCALE = 1024.0  # of float16: keeps small gradients
+EPOCH_STEPS = 48  # of the recipe: so often the package draws an epoch
+_SCHEDULED_STEPS = 100_000  # more than are ever timed
 _WARMUP_STEPS = 3
 
 
@@ -36,13 +42,30 @@ class Problem:
         torch.manual_seed(0)
         return FastResNet(self.depth, implementation=implementation).to(self.device)
 
+    def loader(self, dtype: torch.dtype, augmented: bool = True) -> Loader:
+        """Over random pictures, the same ones every time."""
+        generator = torch.Generator().manual_seed(1)
+        count = self.batch * (EPOCH_STEPS if self.device.type == "cuda" else 1)
+        shape = (count, 32, 32, 3)
+        pictures = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        labels = torch.randint(10, (count,), generator=generator)
+        mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+        return Loader(
+            pictures,
+            labels,
+            mean,
+            std,
+            batch_size=self.batch,
+            device=self.device,
+            dtype=dtype,
+            augmented=augmented,
+        )
+
     def pictures(self) -> tuple[Tensor, Tensor]:
-        """[N, 3, 32, 32] float32 and [N] int64, the same ones every time."""
-        generator = torch.Generator(self.device).manual_seed(1)
-        shape = (self.batch, 3, 32, 32)
-        images = torch.randn(shape, device=self.device, generator=generator)
-        labels = torch.randint(10, (self.batch,), device=self.device, generator=generator)
-        return images, labels
+        """[N, 3, 32, 32] float32 and [N] int64: the loader's first batch."""
+        loader = self.loader(torch.float32)
+        loader.prepare(0)
+        return loader.batch(torch.zeros((), dtype=torch.int64, device=self.device))
 
 
 @dataclass(frozen=True)
@@ -133,18 +156,30 @@ def package_step(problem: Problem, implementation: str) -> TrainingStep:
     Raises:
         Unavailable: the network does not run in ``implementation`` here
     """
+    dtype = DTYPES[problem.dtype]
     engine = Engine(
         problem.model(implementation),
+        problem.loader(dtype),
+        problem.loader(dtype, augmented=False),
         device=problem.device,
-        dtype=DTYPES[problem.dtype],
+        dtype=dtype,
+        schedule=torch.full((_SCHEDULED_STEPS,), LR),
+        seed=0,
         momentum=MOMENTUM,
         weight_decay=WEIGHT_DECAY,
+        loss_scale=LOSS_SCALE if problem.dtype == "fp16" else 1.0,
+        processes=Processes(problem.device.type),
     )
-    images, labels = problem.pictures()
-    images = images.to(DTYPES[problem.dtype], memory_format=torch.channels_last)
     with _unavailable(), torch.no_grad(), _autocast(problem, EAGER):
-        engine.model.eval()(images[:1])
-    return TrainingStep(lambda: engine.train_step(images, labels, LR)[0], engine.model)
+        engine.model.eval()(torch.zeros(1, 3, 32, 32, device=problem.device, dtype=dtype))
+    capture = capture_for(problem.device)
+    captured = capture is not None and engine.capture(capture) is None
+
+    def step() -> Tensor:
+        engine.train_step()
+        return engine.metrics[0, (engine.done - 1) % engine.metrics.shape[1]]
+
+    return TrainingStep(step, engine.model, replays=captured)
 
 
 def plain_inference(problem: Problem, how: Plain) -> tuple[Callable[[], Tensor], bool]:
