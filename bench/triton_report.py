@@ -161,7 +161,8 @@ def compile_kernel(kernel, arguments: dict, arch: int):
     """Compile as a launch with these arguments would: None and 1 become constants, pointers and
     multiples of 16 are known to be such."""
     signature, constants, attributes = {}, {}, {}
-    options = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
+    settings = ("num_warps", "num_stages", "maxnreg")
+    options = {key: arguments[key] for key in settings if arguments.get(key) is not None}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
@@ -180,18 +181,13 @@ def compile_kernel(kernel, arguments: dict, arch: int):
 
 def read_resources(compiled, arch: int) -> dict[str, int]:
     """Resource usage of a compiled kernel, from its machine code."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-    def run(tool, *arguments):
-        command = [tools / tool, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = run("cuobjdump", "--dump-resource-usage", file.name)
-        code = run("nvdisasm", "-c", file.name)
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
+        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers = int(re.search(r"REG:(\d+)", code)[1])
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     limits = ARCHS[arch]
     blocks = 0
@@ -211,7 +207,7 @@ def read_resources(compiled, arch: int) -> dict[str, int]:
     return {
         "registers": registers,
         "spills": count("LDL", "STL"),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", code)[1]),
         "shared": shared,
         "warps": warps,
         "blocks_per_sm": blocks,

@@ -561,6 +561,7 @@ def train(model, images, labels, steps):
     return torch.stack(losses), torch.cat(state)
 
 
+@pytest.mark.timeout(900)  # some 1500 interpreted programs
 def test_resnet_8_trains_as_the_reference_does(device):
     """20 steps from the same state stay as near to float64 as eager runs do.
 
@@ -578,7 +579,7 @@ def test_resnet_8_trains_as_the_reference_does(device):
         return train(model, images[list(order)].to(dtype), labels[list(order)], steps=20)
 
     exact = trained("reference", dtype=torch.float64)
-    eager = [trained("reference", order) for order in itertools.permutations(range(4))]
+    eager = [trained("reference", (0, *order)) for order in itertools.permutations((1, 2, 3))]
     ours = trained("triton")
     assert exact[0][-1] < 0.5 * exact[0][0], "it did not learn"
     for name, value, expected, others in zip(
@@ -586,5 +587,4 @@ def test_resnet_8_trains_as_the_reference_does(device):
     ):
         error = (value.double() - expected).norm()
         allowed = 2 * max((other.double() - expected).norm() for other in others)
-        print(name, error, allowed)
         assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"

@@ -22,9 +22,6 @@ from torch import Tensor
 from cifar_resnet_fast.kernels import launch
 from cifar_resnet_fast.kernels.tile import relu_tile
 
-MERGE_ROWS = 32  # partials that a merge reads at once
-MERGE_CHANNELS = 16  # channels of one merge program
-
 
 @triton.jit
 def _bn_merge_fwd_kernel(
@@ -112,9 +109,11 @@ def bn_merge_fwd(
     """
     K = bn_weight.shape[0]
     affine = torch.empty((4, K), dtype=torch.float32, device=bn_weight.device)
+    chosen = launch.config("bn_merge", K, K, affine)
+    block_k = launch.channel_block(K, chosen.block_k)
     launch.launch(
         _bn_merge_fwd_kernel,
-        (K // MERGE_CHANNELS,),
+        (K // block_k,),
         partials_ptr=partials,
         bn_weight_ptr=bn_weight,
         bn_bias_ptr=bn_bias,
@@ -125,9 +124,9 @@ def bn_merge_fwd(
         momentum=momentum,
         eps=eps,
         K=K,
-        ROWS=MERGE_ROWS,
-        BLOCK_K=MERGE_CHANNELS,
-        num_warps=4,
+        ROWS=chosen.block_p,
+        BLOCK_K=block_k,
+        **chosen.options(),
     )
     return affine
 
@@ -190,8 +189,7 @@ def bn_apply_fwd(y: Tensor, affine: Tensor, shortcut: Tensor | None, relu: bool)
         RELU=relu,
         BLOCK_P=chosen.block_p,
         BLOCK_K=block_k,
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        **chosen.options(),
     )
     return a
 
@@ -281,8 +279,7 @@ def bn_reduce_bwd(
         RELU=relu,
         BLOCK_P=chosen.block_p,
         BLOCK_K=block_k,
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        **chosen.options(),
     )
     return (da if dz is None else dz), partials
 
@@ -352,9 +349,11 @@ def bn_merge_bwd(
     coef = torch.empty((5, K), dtype=torch.float32, device=partials.device)
     dbn_weight = torch.empty(K, dtype=dtype, device=partials.device)
     dbn_bias = torch.empty_like(dbn_weight)
+    chosen = launch.config("bn_merge", K, K, coef)
+    block_k = launch.channel_block(K, chosen.block_k)
     launch.launch(
         _bn_merge_bwd_kernel,
-        (K // MERGE_CHANNELS,),
+        (K // block_k,),
         partials_ptr=partials,
         affine_ptr=affine,
         coef_ptr=coef,
@@ -364,8 +363,8 @@ def bn_merge_bwd(
         P=pixels,
         K=K,
         TRAINING=training,
-        ROWS=MERGE_ROWS,
-        BLOCK_K=MERGE_CHANNELS,
-        num_warps=4,
+        ROWS=chosen.block_p,
+        BLOCK_K=block_k,
+        **chosen.options(),
     )
     return coef, dbn_weight, dbn_bias

@@ -200,8 +200,7 @@ def _fused(
         RELU=relu,
         BLOCK_P=chosen.block_p,
         BLOCK_C=block_c,
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        **chosen.options(),
     )
     sum_slabs(slabs, dweight)
     return dx, partials

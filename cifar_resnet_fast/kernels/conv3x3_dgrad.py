@@ -150,7 +150,6 @@ def conv3x3_dgrad(
         BLOCK_P=chosen.block_p,
         BLOCK_C=block_c,
         BLOCK_K=launch.channel_block(K, chosen.block_k),
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        **chosen.options(),
     )
     return dx, partials

@@ -208,7 +208,6 @@ def conv3x3_fwd(
         BLOCK_P=chosen.block_p,
         BLOCK_C=launch.channel_block(C, chosen.block_c),
         BLOCK_K=block_k,
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        **chosen.options(),
     )
     return y, partials, activation

@@ -137,7 +137,7 @@ def sum_slabs(slabs: Tensor, dweight: Tensor) -> None:
         CHANNELS_LAST=not dweight.is_contiguous(),
         ROWS=32,
         BLOCK=chosen.block_p,
-        num_warps=chosen.num_warps,
+        **chosen.options(),
     )
 
 
@@ -182,7 +182,6 @@ def conv3x3_wgrad(
         BLOCK_P=chosen.block_p,
         BLOCK_C=block_c,
         BLOCK_K=block_k,
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        **chosen.options(),
     )
     sum_slabs(slabs, dweight)

@@ -25,6 +25,8 @@ class Config:
         of two that divides the channels
     programs_per_sm: persistent programs, all channel blocks together; 0 where there are no tiles
     num_warps, num_stages: as Triton has them
+    max_registers: of a thread. Where it is set, ptxas does not spill a few to fit more programs
+        on an SM, as it otherwise likes to with float32
     """
 
     block_p: int
@@ -33,6 +35,15 @@ class Config:
     programs_per_sm: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    def options(self) -> dict[str, int | None]:
+        """What Triton's compiler is told."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+        }
 
 
 # (operation, bytes an element): the one default of each. Blocks of float32 are smaller: without
@@ -45,20 +56,23 @@ DEFAULTS = {
     ("bn_apply", 2): Config(64, 32, 32, 8, 4, 1),
     ("bn_reduce", 2): Config(64, 32, 32, 4, 4, 1),
     ("shortcut_a", 2): Config(1024, 0, 0, 0, 4, 1),
-    ("conv3x3_fwd", 4): Config(32, 32, 32, 4, 4, 1),
+    ("conv3x3_fwd", 4): Config(64, 16, 32, 4, 4, 1, 128),
+    # block_k 0, so two launches: without tensor cores nine accumulators leave no registers
     ("conv3x3_bwd", 4): Config(32, 16, 0, 2, 4, 1),
-    ("conv3x3_dgrad", 4): Config(64, 32, 32, 4, 4, 1),
+    ("conv3x3_dgrad", 4): Config(64, 32, 32, 4, 4, 1, 128),
     ("conv3x3_wgrad", 4): Config(32, 16, 32, 2, 4, 1),
     ("bn_apply", 4): Config(64, 32, 32, 8, 4, 1),
     ("bn_reduce", 4): Config(64, 32, 32, 4, 4, 1),
     ("shortcut_a", 4): Config(1024, 0, 0, 0, 4, 1),
+    # rows of partial sums by channels
+    ("bn_merge", 4): Config(32, 0, 16, 1, 4, 1),
     # 64 elements: 36 programs for the smallest layer, rows of 256 bytes
     ("sum_slabs", 4): Config(64, 0, 0, 0, 4, 1),
 }
 
 # in the interpreter a program instance costs tens of ms whatever its size: few and large
 INTERPRETER_TILES = Config(256, 64, 64, 2, 4, 1)
-INTERPRETER_ELEMENTS = Config(8192, 0, 0, 0, 4, 1)
+INTERPRETER_ELEMENTS = Config(16384, 0, 0, 0, 4, 1)
 
 # (operation, C, K, dtype, compute capability): measured by bench/tune.py, card and date beside it
 TABLE: dict[tuple[str, int, int, torch.dtype, tuple[int, int]], Config] = {}

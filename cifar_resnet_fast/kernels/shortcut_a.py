@@ -86,7 +86,7 @@ def shortcut_a_fwd(x: Tensor, out_channels: int, stride: int) -> Tensor:
         K=out_channels,
         STRIDE=stride,
         BLOCK=chosen.block_p,
-        num_warps=chosen.num_warps,
+        **chosen.options(),
     )
     return out
 
@@ -110,6 +110,6 @@ def shortcut_a_bwd(dout: Tensor, C: int, H: int, W: int, stride: int) -> Tensor:
         K=K,
         STRIDE=stride,
         BLOCK=chosen.block_p,
-        num_warps=chosen.num_warps,
+        **chosen.options(),
     )
     return dx
