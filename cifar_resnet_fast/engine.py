@@ -173,6 +173,8 @@ class Engine:
         Raises:
             torch.OutOfMemoryError: a step does not fit into the device's memory
         """
+        if self.done == len(self._schedule):
+            return None  # no step is left
         self._training.prepare(self.done, self._seed)
         try:
             with _Kept(self._state()):

@@ -1,17 +1,45 @@
-"""How large a batch fits, found out when one did not (layer 2)."""
+"""How large a batch fits, found out when one did not (layer 3)."""
 
-from collections.abc import Callable
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
 
 import torch
+
+from cifar_resnet_fast.engine import Engine
+from cifar_resnet_fast.processes import Processes
 
 
 class BatchTooLargeError(ValueError):
     """The batch does not fit into memory; the message says what would."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host under PyTorch, has refused memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+@contextlib.contextmanager
+def batch_must_fit(batch_size: int, processes: Processes, engine: Engine) -> Iterator[None]:
+    """Around a training: memory that runs out is an error that says how large a batch fits.
+
+    Raises:
+        BatchTooLargeError: memory ran out
+    """
+    try:
+        yield
+        return
+    except RuntimeError as error:
+        on_host = "can't allocate memory" in str(error)  # PyTorch has no class for it there
+        if not on_host and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).splitlines()[0]
+        traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
+    if on_host:
+        raise BatchTooLargeError(f"batch_size must fit into memory, got {batch_size}: {reason}")
+    available = engine.release()
+    count = processes.count
+    missing, largest = largest_batch(engine.step_bytes, batch_size // count, available)
+    advice = "nor does one picture" if largest is None else f"at most {largest * count} fit"
+    raise BatchTooLargeError(
+        f"batch_size must fit into the GPU's memory, got {batch_size}: about "
+        f"{missing / 2**30:.1f} GiB are missing; {advice}"
+    )
 
 
 def largest_batch(

@@ -7,13 +7,10 @@ with the bits of one that was not. Its ``state_dict`` holds the weights that wer
 ``load_checkpoint`` takes the same file.
 """
 
-import contextlib
 import json
 import math
 import signal
 import time
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,12 +23,12 @@ from cifar_resnet_fast.datasets import Dataset
 from cifar_resnet_fast.engine import DTYPES, Engine
 from cifar_resnet_fast.loader import Loader
 from cifar_resnet_fast.logbook import Logbook, read_metrics
-from cifar_resnet_fast.memory import BatchTooLargeError, is_out_of_memory, largest_batch
+from cifar_resnet_fast.memory import batch_must_fit
 from cifar_resnet_fast.optimizer import learning_rate
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 
-_SHOW_EVERY_SECONDS = 0.2  # reading the loss back waits for the GPU
+_SHOW_EVERY_SECONDS = 0.2
 _SAVE_EVERY_SECONDS = 10.0  # an epoch can take less time than a checkpoint's way to the disk
 _AGREE_EVERY_STEPS = 8
 _CHECKPOINT = "checkpoint.pt"
@@ -150,7 +147,9 @@ class Run:
         """
         config, steps = self.config, self.data.training.steps
         logbook = self._logbook()
-        with _StopRequest() as stop, logbook, self._memory_is_named():
+        patient = self.processes.count > 1
+        fits = batch_must_fit(config.batch_size, self.processes, self.engine)
+        with _StopRequest(patient) as stop, logbook, fits:
             self._capture(logbook)
             for epoch in range(self.step // steps, config.epochs):
                 speed = self._train_epoch(epoch, logbook, stop)
@@ -175,32 +174,6 @@ class Run:
             reason = self.engine.capture(capture)
             if reason is not None:
                 logbook.say(f"steps run one kernel at a time, slower than captured: {reason}")
-
-    @contextlib.contextmanager
-    def _memory_is_named(self) -> Iterator[None]:
-        """Memory that ran out, in terms of the batch size."""
-        try:
-            yield
-            return
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-            traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
-        if self.processes.device.type != "cuda":
-            raise BatchTooLargeError(
-                f"batch_size must fit into memory, got {self.config.batch_size}: {reason}"
-            )
-        available = self.engine.release()
-        count = self.processes.count
-        missing, largest = largest_batch(
-            self.engine.step_bytes, self.config.batch_size // count, available
-        )
-        advice = "nor does one picture" if largest is None else f"at most {largest * count} fit"
-        raise BatchTooLargeError(
-            f"batch_size must fit into the GPU's memory, got {self.config.batch_size}: about "
-            f"{missing / 2**30:.1f} GiB are missing; {advice}"
-        )
 
     def _logbook(self) -> "Logbook | _Silence":
         if self.processes.rank:
@@ -331,6 +304,8 @@ class Run:
         return torch.tensor([self._learning_rate(step) for step in range(steps)])
 
     def _stopped(self) -> RunStopped:
+        # torchrun ends all processes with the first that ends; the others are to have saved
+        self.processes.any(False)
         return RunStopped(
             f"stopped after step {self.step}; go on with {flag_of('resume')} {self.folder}"
         )
@@ -395,10 +370,16 @@ class _Silence:
 
 
 class _StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish that the loop sees between two steps."""
+    """Turns the first Ctrl-C or SIGTERM into a wish that the loop sees between two steps.
 
-    def __init__(self):
+    Args:
+        patient: whether a second one does no more; torchrun passes each on that the terminal has
+            already sent to every process
+    """
+
+    def __init__(self, patient: bool):
         self.wished = False
+        self._patient = patient
 
     def __enter__(self) -> "_StopRequest":
         self._before = {
@@ -412,7 +393,7 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number, frame) -> None:
-        if self.wished:
+        if self.wished and not self._patient:
             raise KeyboardInterrupt  # asked twice: at once, at the price of the running epoch
         self.wished = True
 

@@ -55,6 +55,24 @@ def test_host_memory_that_runs_out_is_one_line(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
+def test_device_memory_that_runs_out_says_what_fits(tmp_path, monkeypatch, capsys):
+    """A device of 300 MB, of which a picture takes 10: with the steps of a CPU."""
+
+    def step(engine):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Engine, "train_step", step)
+    monkeypatch.setattr(Engine, "release", lambda engine: 300 * 2**20)
+    measure = memory(0, 10 * 2**20, 300 * 2**20)
+    monkeypatch.setattr(Engine, "step_bytes", lambda engine, pictures: measure(pictures))
+    arguments = "--dataset shapes --limit 64 --depth 8 --batch-size 64 --device cpu --out".split()
+    assert main([*arguments, str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == (
+        "error: --batch-size must fit into the GPU's memory, got 64: about 0.3 GiB are missing; "
+        "at most 30 fit\n"
+    )
+
+
 @pytest.mark.gpu
 def test_gpu_memory_that_runs_out_says_what_fits(tmp_path, capsys):
     arguments = "--dataset shapes --limit 200000 --depth 110 --batch-size 200000 --out".split()

@@ -100,6 +100,7 @@ step = engine.Engine.train_step
 
 def stopped(self):
     if self.done == 2 and self._processes.rank == 1:
+        os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
     step(self)
 

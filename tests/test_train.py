@@ -225,6 +225,7 @@ def test_captured_run_is_the_eager_one_and_resumes(finished, tmp_path, monkeypat
         assert main([*TINY, "--out", str(out)]) == 130
     assert main(["--resume", str(out)]) == 0
     assert rehearsal.replays == 3 * (STEPS + 4), "no step ran any other way"
+    assert main(["--resume", str(out)]) == 0, "nothing is left to do, nor to capture"
     assert_same_end(out, finished)
 
 
