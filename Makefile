@@ -1,5 +1,6 @@
 # make train            train something real on what is here; ARGS="--depth 56" passes flags on
 # make test             run the tests
+# make bench            measure kernels, steps and loaders on the GPU, and draw the report
 # make kernels-report   registers, spills and shared memory of every CUDA and Triton kernel; needs nvcc, no GPU
 # make lint             ruff and clang-format, as pre-commit runs them
 PYTHON ?= python3
@@ -13,7 +14,7 @@ HAS_GPU = $(shell $(BIN)/python -c "import torch; print(int(torch.cuda.is_availa
 CPU_ARGS := --depth 8 --limit 10000 --epochs 12 --batch-size 128 --lr 0.2 --warmup-epochs 1 \
   --milestones 8 11
 
-.PHONY: train test kernels-report lint
+.PHONY: train test bench kernels-report lint
 train: $(INSTALLED)
 ifeq ($(strip $(ARGS)),)
 	@if [ "$(HAS_GPU)" = 0 ]; then \
@@ -26,6 +27,10 @@ endif
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(INSTALLED)
+	for suite in kernels step loader; do $(BIN)/python -m bench.$$suite --quick || exit; done
+	$(BIN)/python -m bench.report
 
 kernels-report: $(INSTALLED)
 	$(BIN)/python bench/ptxas_report.py
