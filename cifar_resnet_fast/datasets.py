@@ -25,7 +25,7 @@ from cifar_resnet_fast import shapes
 SHAPE = (32, 32, 3)
 NAMES = ("auto", "cifar10", "cifar100", "shapes")
 
-_PROBE_SECONDS = 8.0  # finding out that a server cannot be reached takes at most this long
+_PROBE_SECONDS = 6.0  # finding out that a server cannot be reached takes at most this long
 _STALL_SECONDS = 30.0  # a download that receives nothing for so long has failed
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
