@@ -26,7 +26,7 @@ class Config:
     programs_per_sm: persistent programs, all channel blocks together; 0 where there are no tiles
     num_warps, num_stages: as Triton has them
     max_registers: of a thread. Where it is set, ptxas does not spill a few to fit more programs
-        on an SM, as it otherwise likes to with float32
+        on an SM, as it otherwise likes to
     """
 
     block_p: int
@@ -49,8 +49,8 @@ class Config:
 # (operation, bytes an element): the one default of each. Blocks of float32 are smaller: without
 # tensor cores a tile's operands lie in registers.
 DEFAULTS = {
-    ("conv3x3_fwd", 2): Config(64, 32, 64, 4, 4, 3),
-    ("conv3x3_bwd", 2): Config(32, 16, 16, 4, 2, 1),
+    ("conv3x3_fwd", 2): Config(64, 32, 64, 3, 4, 3, 168),
+    ("conv3x3_bwd", 2): Config(16, 16, 16, 8, 1, 1, 255),
     ("conv3x3_dgrad", 2): Config(64, 64, 32, 4, 4, 3),
     ("conv3x3_wgrad", 2): Config(64, 32, 64, 2, 4, 2),
     ("bn_apply", 2): Config(64, 32, 32, 8, 4, 1),
