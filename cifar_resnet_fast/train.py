@@ -233,16 +233,18 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
         raise ValueError(
             f"depth must be left out or be the checkpoint's {depth}, got {config.depth}"
         )
-    trained = content.get("config", {})  # a published checkpoint has none
-    name = given.get("dataset") or trained.get("dataset") or "cifar10"
-    dataset = load_dataset(name, config.data_root, config.limit)
+    name = config.dataset
+    if name == "auto":
+        trained = content.get("config")  # a published checkpoint has none
+        name = trained.get("dataset", "cifar10") if isinstance(trained, dict) else "cifar10"
+    dataset = load_dataset(str(name), config.data_root, config.limit)
     if len(dataset.classes) != num_classes:
         raise ValueError(
             f"dataset must have the checkpoint's {num_classes} classes, "
             f"{dataset.name} has {len(dataset.classes)}"
         )
     if "mean" in content and "normalization" not in given:
-        mean, std = torch.tensor(content["mean"]), torch.tensor(content["std"])
+        mean, std = (_three_numbers(content, key, config.eval) for key in ("mean", "std"))
     elif config.normalization == "imagenet":
         mean, std = IMAGENET_STATISTICS
     else:
@@ -272,6 +274,14 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
         f"loss {loss:.4f}, {len(dataset.x_test)} pictures; {config.eval}"
     )
     return 0
+
+
+def _three_numbers(content: dict, key: str, path: str) -> torch.Tensor:
+    """[3] float32, a statistic of the channels out of a checkpoint."""
+    values = content.get(key)
+    if not isinstance(values, list) or [type(value) for value in values] != [float] * 3:
+        raise ValueError(f"eval: checkpoint {path} must have three numbers as its {key}")
+    return torch.tensor(values)
 
 
 if __name__ == "__main__":

@@ -382,6 +382,19 @@ def test_checkpoint_of_another_class_count(tmp_path, capsys):
     assert "--dataset must have the checkpoint's 100 classes, shapes has 10" in shown
 
 
+def test_checkpoint_with_settings_of_no_sense(tmp_path, capsys):
+    content = {"state_dict": FastResNet(8).state_dict(), "config": 3, "mean": "high", "std": 1}
+    torch.save(content, tmp_path / "odd.pt")
+    arguments = ["--eval", tmp_path / "odd.pt", "--dataset", "shapes", "--limit", 16]
+    assert "must have three numbers as its mean" in bad_input(arguments, capsys)
+
+
+def test_eval_takes_auto_for_the_data_that_the_run_had(finished, capsys):
+    arguments = ["--eval", str(finished / "checkpoint.pt"), "--dataset", "auto", "--limit", "64"]
+    assert main(arguments) == 0
+    assert "ResNet-8 on shapes" in capsys.readouterr().out
+
+
 def test_corrupt_checkpoint(finished, tmp_path, capsys):
     data = (finished / "checkpoint.pt").read_bytes()
     path = tmp_path / "cut.pt"
