@@ -1,5 +1,6 @@
 """The stem's CUDA kernels and the sum of slabs, run on a CPU, against float64."""
 
+import emulation
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,9 @@ BATCHES = [  # N, blocks, order
 
 
 def pictures(generator, N: int, dtype: torch.dtype) -> Tensor:
-    """[N, 4, 32, 32], channels-last; the fourth channel is zero."""
+    """[N, 4, 32, 32], channels-last; the fourth channel is to be ignored."""
     values = 0.5 * torch.randn(N, 4, 32, 32, generator=generator) - 2.3
-    values[:, 3] = 0
+    values[:, 3] = float("nan")
     return values.to(dtype).to(memory_format=torch.channels_last)
 
 
@@ -110,19 +111,38 @@ def test_stem_backward(kernels, N, blocks, order, dtype):
 
 
 @pytest.mark.parametrize(
-    ("C", "K", "count", "blocks"),
+    ("C", "K", "count", "blocks", "layout"),
     [
-        pytest.param(64, 64, 66, 5, id="64-many-slabs"),
-        pytest.param(16, 32, 1, 3, id="one-slab"),
-        pytest.param(16, 16, 200, 1, id="more-slabs-than-one-round"),
+        pytest.param(64, 64, 66, 5, "contiguous", id="64-many-slabs"),
+        pytest.param(16, 32, 1, 3, "channels_last", id="one-slab-channels-last"),
+        pytest.param(16, 16, 200, 1, "contiguous", id="more-slabs-than-one-round"),
     ],
 )
-def test_sum_slabs(kernels, C, K, count, blocks):
+def test_sum_slabs(kernels, C, K, count, blocks, layout):
     slabs = torch.randn(count, 9, C, K, generator=torch.Generator().manual_seed(C))
     dweight = poisoned(K, C, 3, 3)
+    if layout == "channels_last":
+        dweight = dweight.to(memory_format=torch.channels_last)
     params = kernels.params(
-        "SlabSum", slabs=slabs, count=count, C=C, K=K, C_kept=C, dweight=dweight
+        "SlabSum",
+        slabs=slabs,
+        count=count,
+        C=C,
+        K=K,
+        C_kept=C,
+        dweight=flat(dweight) if layout == "channels_last" else dweight,
+        layout=emulation.WEIGHT_LAYOUTS.index(layout),
     )
     assert kernels.call("sum_slabs", params, torch.float16, blocks) == 0
     exact = in_torch_order(slabs.double().sum(0))
     assert_within_budget("dweight", dweight, in_torch_order(slabs.sum(0)).to(dweight.dtype), exact)
+
+
+@pytest.mark.parametrize(("K", "C"), [(32, 16), (16, 3)], ids=["border", "stem"])
+def test_weights_of_either_layout_give_the_same_fragments(kernels, K, C):
+    weight = torch.randn(K, C, 3, 3, generator=torch.Generator().manual_seed(K))
+    one = fragments(kernels, weight, torch.float16)
+    other = fragments(kernels, weight.to(memory_format=torch.channels_last), torch.float16)
+    assert torch.equal(one["forward"], other["forward"])
+    if C > 3:
+        assert torch.equal(one["backward"], other["backward"])

@@ -64,6 +64,12 @@ struct BackwardNorm {
   float* dbias;         // [C]
 };
 
+// Of a convolution's weight and of its gradient, fp32.
+enum class WeightLayout {
+  kContiguous,    // [K, C, 3, 3]
+  kChannelsLast,  // [K, 3, 3, C]
+};
+
 // Weight gradient left over from the kernel before: slabs, one a block, to be added up.
 struct SlabSum {
   const float* slabs;  // [count, 9, C, K]; null: nothing is left over
@@ -71,7 +77,8 @@ struct SlabSum {
   int C;           // a multiple of 4
   int K;           // a multiple of 4
   int C_kept;      // channels of the weight; the slabs' further ones are padding
-  float* dweight;  // [K, C_kept, 3, 3], written
+  float* dweight;  // of a weight [K, C_kept, 3, 3], written
+  WeightLayout layout;
 };
 
 enum class Shortcut {

@@ -44,7 +44,8 @@ DEVICE void add_slabs(const SlabSum& s, int warp, int warps) {
     if (lane < 4 && c < s.C_kept) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        store_float(s.dweight + ((k + i) * s.C_kept + c) * 9 + tap, sum[i]);
+        const int place = s.layout == WeightLayout::kContiguous ? c * 9 + tap : tap * s.C_kept + c;
+        store_float(s.dweight + (k + i) * 9 * s.C_kept + place, sum[i]);
       }
     }
   }

@@ -31,7 +31,8 @@ struct PictureRow {
       const int half = i & 1, kx = (t >> 1) + (i & 2), tile = i >> 2;
       const int x = 16 * tile + g + 8 * half + kx - 1;
       const bool there = inside && kx < 3 && x >= 0 && x < kSize;
-      pixels[tile][i & 3] = there ? load_4_bytes(row + x * 8 + (t & 1) * 4) : 0;
+      const uint32_t known = t & 1 ? 0x0000ffffu : 0xffffffffu;  // not the fourth channel
+      pixels[tile][i & 3] = there ? load_4_bytes(row + x * 8 + (t & 1) * 4) & known : 0;
     }
   }
 };
@@ -230,7 +231,8 @@ __global__ void __launch_bounds__(kThreads, 1) stem_backward_kernel(StemBackward
             store_shared(mine + kDyAt + WorkRow::offset(0, (j * 32 + lane) / 2, lane & 1),
                          v.chunk());
           }
-          const uint2 pixel = load_shared_8_bytes(raw + 2 * kRowBytes + lane * 8);
+          uint2 pixel = load_shared_8_bytes(raw + 2 * kRowBytes + lane * 8);
+          pixel.y &= 0x0000ffffu;  // the fourth channel is none of the picture's
 #pragma unroll
           for (int kx = 0; kx < 3; ++kx) {  // under tap kx of output pixel x
             const int x = lane + 1 - kx;

@@ -1,5 +1,5 @@
 // The first convolution, 3 to 16 channels, on pictures [N, 32, 32, 4], 16-bit, channels-last,
-// whose fourth channel is zero. Statuses and dtypes as in conv3x3.h.
+// whose fourth channel is ignored. Statuses and dtypes as in conv3x3.h.
 #pragma once
 
 #include "conv3x3.h"

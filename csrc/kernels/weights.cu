@@ -1,4 +1,6 @@
 // fp32 master weights to 16-bit fragments; weights.h has the order.
+#include <algorithm>
+
 #include "launch.cuh"
 #include "warp.cuh"
 #include "weights.h"
@@ -8,15 +10,22 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerLayer = 8;
+constexpr int kLayersPerLaunch = 48;
 
 struct WeightParams {
-  const LayerWeights* layers;
+  LayerWeights layers[kLayersPerLaunch];
 };
+static_assert(sizeof(WeightParams) <= 4096);  // of a kernel's arguments, on every driver
+
+DEVICE float weight_at(const LayerWeights& layer, int k, int c, int tap) {
+  const int place = layer.layout == WeightLayout::kContiguous ? c * 9 + tap : tap * layer.C + c;
+  return load_float(layer.weight + k * 9 * layer.C + place);
+}
 
 // weight of input channel `in`, output channel `out`, 0 where there is none
-DEVICE float stem_weight(const float* weight, int ky, int in, int out) {
+DEVICE float stem_weight(const LayerWeights& layer, int ky, int in, int out) {
   const int kx = in / 4, c = in % 4;
-  return kx < 3 && c < 3 ? load_float(weight + ((out * 3 + c) * 3 + ky) * 3 + kx) : 0.0f;
+  return kx < 3 && c < 3 ? weight_at(layer, out, c, ky * 3 + kx) : 0.0f;
 }
 
 // A thread makes a lane's 16 bytes of a fragment at a time.
@@ -50,9 +59,9 @@ __global__ void __launch_bounds__(kThreads) prepare_weights_kernel(WeightParams 
       for (int j = 0; j < 8; ++j) {
         const int in = 16 * s + 2 * t + (j & 1) + 8 * (j >> 1 & 1);
         const int out = 16 * h + 4 * (g >> 1) + (g & 1) + 2 * (j >> 2);
-        v[j] = stem             ? stem_weight(layer.weight, tap, in, out)
-               : direction == 0 ? load_float(layer.weight + (out * layer.C + in) * 9 + tap)
-                                : load_float(layer.weight + (in * layer.C + out) * 9 + 8 - tap);
+        v[j] = stem             ? stem_weight(layer, tap, in, out)
+               : direction == 0 ? weight_at(layer, out, in, tap)
+                                : weight_at(layer, in, out, 8 - tap);
         if (folds && direction == 0) v[j] *= load_shared_float(shared_start() + out * 4);
       }
       store_16_bytes(static_cast<char*>(to) + i * 16,
@@ -66,11 +75,17 @@ __global__ void __launch_bounds__(kThreads) prepare_weights_kernel(WeightParams 
 
 int prepare_weights(const LayerWeights* layers, int count, Dtype dtype, void* stream) {
   if (layers == nullptr) return kBadPointer;
-  if (count < 1) return 0;
-  const LaunchShape shape = {count * kBlocksPerLayer, kThreads, kThreads * 4, false, stream};
-  return dtype == Dtype::kFloat16
-             ? launch(prepare_weights_kernel<Float16>, WeightParams{layers}, shape)
-             : launch(prepare_weights_kernel<BFloat16>, WeightParams{layers}, shape);
+  for (int first = 0; first < count; first += kLayersPerLaunch) {
+    WeightParams p = {};
+    const int here = std::min(count - first, kLayersPerLaunch);
+    std::copy_n(layers + first, here, p.layers);
+    const LaunchShape shape = {here * kBlocksPerLayer, kThreads, kThreads * 4, false, stream};
+    const int status = dtype == Dtype::kFloat16
+                           ? launch(prepare_weights_kernel<Float16>, p, shape)
+                           : launch(prepare_weights_kernel<BFloat16>, p, shape);
+    if (status != 0) return status;
+  }
+  return 0;
 }
 
 }  // namespace cifar_resnet_fast

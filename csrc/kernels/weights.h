@@ -11,7 +11,7 @@
 namespace cifar_resnet_fast {
 
 struct LayerWeights {
-  const float* weight;  // [K, C, 3, 3], the fp32 master
+  const float* weight;  // of K by C by 3x3, the fp32 master
   void* forward;        // [K / 16][9 taps][C / 16][fragment]; for C = 3: [3 ky][fragment]
   void* backward;       // [C / 16][9 taps mirrored][K / 16][fragment], in and out swapped; or null
   // evaluation: folds this normalisation into forward and bias; null in training
@@ -21,11 +21,13 @@ struct LayerWeights {
   const float* running_var;   // [K]
   float* bias;                // [K], written
   float eps;
+  WeightLayout layout;
   int C;  // a multiple of 16, or 3: the stem, whose 16 "input channels" are
   int K;  // 4 pixels kx = 0 .. 3 times 4 channels, the last of both zero
 };
 
-// Once a step, all layers in one launch. `layers`: `count` of them in device memory.
+// Once a step. `layers`: `count` of them in host memory, which travel as the launches' arguments,
+// 48 a launch.
 int prepare_weights(const LayerWeights* layers, int count, Dtype dtype, void* stream);
 
 }  // namespace cifar_resnet_fast

@@ -1,7 +1,7 @@
 """The CUDA kernels on a CPU: csrc/kernels compiled by the C++ compiler against emulator.h.
 
 ``load()`` builds those that launch through launch.cuh, once a change of the sources, and gives the
-``Kernels``.
+``Kernels``; ``load_operations()`` gives CPU tensors the operations that torch calls them by.
 """
 
 import ctypes
@@ -11,11 +11,13 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc" / "kernels"
@@ -26,6 +28,7 @@ FLAGS = ["-O1", "-std=c++20", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragma
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # as enum class Dtype
 ORDERS = ("round_robin", "first_warp_first", "last_warp_first")  # as enum class Order
 SHORTCUTS = ("none", "identity", "option_a")  # as enum class Shortcut
+WEIGHT_LAYOUTS = ("contiguous", "channels_last")  # as enum class WeightLayout
 FAILED = -1000
 
 
@@ -111,27 +114,45 @@ def load() -> Kernels:
     """The kernels, built in a temporary folder that outlives the session."""
     units = [HERE / "emulator.cpp", HERE / "bindings.cpp"]
     units += [unit for unit in SOURCES.glob("*.cu") if '"launch.cuh"' in unit.read_text()]
-    key = hashlib.sha256(" ".join([compiler(), *FLAGS]).encode())
-    for source in sorted([*HERE.glob("*.[ch]*"), *SOURCES.iterdir()]):
+    flags = [f"-I{HERE}", "-x", "c++", "-include", str(HERE / "emulator.h")]
+    return Kernels(ctypes.CDLL(str(_build("emulated_kernels.so", units, flags))))
+
+
+@functools.cache
+def load_operations() -> None:
+    """Registers the trunk's operations for CPU tensors: csrc/trunk.h on the emulated kernels."""
+    kernels = Path(load().library._name)
+    flags = [f"-I{SOURCES.parent}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    link = [str(kernels), f"-Wl,-rpath,{kernels.parent}", f"-L{torch_libraries}"]
+    link += ["-ltorch_cpu", "-ltorch"]
+    torch.ops.load_library(_build("operations.so", [HERE / "operations.cpp"], flags, link))
+
+
+def _build(name: str, units: list[Path], flags: list[str], link: Sequence[str] = ()) -> Path:
+    """A shared library, built once a change of the sources, of torch or of the flags."""
+    key = hashlib.sha256(" ".join([compiler(), *FLAGS, torch.__version__]).encode())
+    for source in sorted([*HERE.glob("*.[ch]*"), *SOURCES.parent.glob("*.h"), *SOURCES.iterdir()]):
         key.update(source.name.encode() + b"\0" + source.read_bytes())
     folder = (
         Path(tempfile.gettempdir()) / f"cifar_resnet_fast_{os.getuid()}_{key.hexdigest()[:16]}"
     )
     folder.mkdir(exist_ok=True)
-    library = folder / "emulated_kernels.so"
+    library = folder / name
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
 
             def compile_unit(unit: Path) -> str:
                 target = f"{scratch}/{unit.name}.o"
-                call = [compiler(), *FLAGS, f"-I{SOURCES}", f"-I{HERE}", "-x", "c++"]
-                call += ["-include", str(HERE / "emulator.h"), "-c", str(unit), "-o", target]
-                subprocess.run(call, check=True)
+                call = [compiler(), *FLAGS, f"-I{SOURCES}", *flags, "-c", str(unit)]
+                subprocess.run([*call, "-o", target], check=True)
                 return target
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(compile_unit, units))
-            built = Path(scratch) / library.name
-            subprocess.run([compiler(), "-shared", *objects, "-o", str(built)], check=True)
+            built = Path(scratch) / name
+            call = [compiler(), "-shared", *objects, *link, "-o", str(built)]
+            subprocess.run(call, check=True)
             built.rename(library)
-    return Kernels(ctypes.CDLL(str(library)))
+    return library

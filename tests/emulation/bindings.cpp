@@ -62,6 +62,7 @@ const Field kFields[] = {
     FIELD(SlabSum, K),
     FIELD(SlabSum, C_kept),
     FIELD(SlabSum, dweight),
+    FIELD(SlabSum, layout),
     FIELD(ForwardParams, y),
     STRUCT(ForwardParams, norm, ForwardNorm),
     FIELD(ForwardParams, shortcut),
@@ -127,6 +128,7 @@ const Field kFields[] = {
     FIELD(LayerWeights, running_var),
     FIELD(LayerWeights, bias),
     FIELD(LayerWeights, eps),
+    FIELD(LayerWeights, layout),
     FIELD(LayerWeights, C),
     FIELD(LayerWeights, K),
 };

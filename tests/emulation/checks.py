@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from emulation import WEIGHT_LAYOUTS
+
 SIZE = {16: 32, 32: 16, 64: 8}
 DTYPES = [torch.float16, torch.bfloat16]
 MOMENTUM, EPS = 0.1, 1e-5
@@ -46,7 +48,15 @@ def fragments(kernels, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         "forward": poisoned(K * 9 * C if C > 3 else 3 * 256, dtype=dtype),
         "backward": poisoned(K * 9 * C, dtype=dtype) if C > 3 else None,
     }
-    layer = kernels.params("LayerWeights", weight=weight, C=C, K=K, **made)
+    last = not weight.is_contiguous()
+    layer = kernels.params(
+        "LayerWeights",
+        weight=flat(weight) if last else weight,
+        layout=WEIGHT_LAYOUTS.index("channels_last" if last else "contiguous"),
+        C=C,
+        K=K,
+        **made,
+    )
     assert kernels.call("prepare_weights", layer, dtype) == 0
     return made
 
