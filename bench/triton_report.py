@@ -108,7 +108,7 @@ def launch_everything(dtype: torch.dtype, stages=STAGES) -> None:
         conv3x3_bwd(dz, y, coef, x, weight, **step, dx=True, dweight=dweight)
         # the raw dataflow: activations normalised on load, sums left by the backward
         conv3x3_fwd(x, weight, stride=stride, sums=True, x_affine=below)
-        conv3x3_fwd(x, weight, stride=stride, sums=True, x_affine=below, x_shortcut=x)
+        conv3x3_fwd(x, weight, stride=stride, sums=True, x_affine=below, x_shortcut=x, keep=True)
         raw = {"raw": x, "raw_affine": below}
         step = {"stride": stride, "relu": False, "dx": True, "dweight": dweight}
         conv3x3_bwd(dz, y, coef, x, weight, **step, **raw, x_affine=below)

@@ -111,6 +111,11 @@ class TrainConfig:
             f"off with implementation {self.implementation}",
         )
         self._check(
+            "dtype",
+            lambda v: v != "fp32" or self.implementation != "cuda",
+            "fp16, bf16 or auto with implementation cuda",
+        )
+        self._check(
             "loss_scale", lambda v: v is None or (v > 0 and math.isfinite(v)), "more than 0"
         )
         self._check("nesterov", lambda v: not v or self.momentum > 0, "off where momentum is 0")

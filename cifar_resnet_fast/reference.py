@@ -12,6 +12,9 @@ z        output of batch normalisation and shortcut, before the ReLU
 =======  =======================================================================
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +39,7 @@ def conv_bn_relu(
 
     Args:
         x: [N, C, H, W]. input activation
-        weight: [K, C, 3, 3]. convolution weight
+        weight: [K, C, 3, 3]. convolution weight; taken in x's dtype
         bn_weight, bn_bias: [K]. scale and offset of the normalisation
         running_mean, running_var: [K]. updated in place when ``training``
         stride: 1 or 2
@@ -51,7 +54,7 @@ def conv_bn_relu(
 
     Source: Ioffe and Szegedy 2015, algorithm 1; He et al. 2015, figure 2.
     """
-    y = F.conv2d(x, weight, stride=stride, padding=1)
+    y = F.conv2d(x, weight.to(x.dtype), stride=stride, padding=1)
     z = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     if shortcut is not None:
         z = z + shortcut
@@ -92,6 +95,47 @@ def stage_border(y: Tensor, scale: Tensor, shift: Tensor, x: Tensor, stride: int
     shortcut = shortcut_a(x, y.shape[1], stride)
     z = scale[:, None, None] * y + shift[:, None, None] + shortcut
     return F.relu(z.to(y.dtype))
+
+
+class Unit(NamedTuple):
+    """A 3x3 convolution and the batch normalisation behind it; arguments as ``conv_bn_relu``'s."""
+
+    weight: Tensor
+    bn_weight: Tensor
+    bn_bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float
+    eps: float
+
+
+def trunk(pictures: Tensor, units: Sequence[Unit], *, training: bool) -> Tensor:
+    """The whole network before its last layer: first convolution, residual blocks, average pool.
+
+    Args:
+        pictures: [N, 3, H, W]
+        units: the first convolution, then two a block, the first of which has stride 2 where it
+            has more output channels than input channels
+        training: True normalises with the batch's statistics, False with the running ones
+
+    Returns:
+        [N, K], K the last unit's channels; float32, or float64 where pictures is
+
+    Source: He et al. 2015, section 4.2.
+    """
+
+    def apply(x: Tensor, unit: Unit, stride: int = 1, shortcut: Tensor | None = None) -> Tensor:
+        *tensors, momentum, eps = unit
+        settings = {"training": training, "momentum": momentum, "eps": eps}
+        return conv_bn_relu(x, *tensors, stride=stride, shortcut=shortcut, **settings)
+
+    x = apply(pictures, units[0])
+    for first, second in zip(units[1::2], units[2::2], strict=True):
+        K, C = first.weight.shape[:2]
+        stride = 1 if K == C else 2
+        shortcut = x if K == C else shortcut_a(x, K, stride)
+        x = apply(apply(x, first, stride), second, 1, shortcut)
+    return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def augment(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int) -> Tensor:

@@ -28,7 +28,10 @@ class FastResNet(nn.Module):
         num_classes: at least 2
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
-    ``forward(x)``: x [N, 3, H, W], any memory format, to logits [N, num_classes].
+    ``forward(x)``: x [N, 3, H, W], any memory format, to logits [N, num_classes]. All but the last
+    layer is one operation, ``ops.trunk``. Layer by layer goes what that is not made for: modules
+    inside that have hooks or are of another type (SyncBatchNorm, parametrizations), a gradient of
+    x, gradients in evaluation.
 
     Raises:
         ValueError: depth, num_classes or implementation break their rules
@@ -60,9 +63,65 @@ class FastResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        a = apply_unit(x, self.conv1, self.bn1, implementation=self.implementation)
-        a = self.layer3(self.layer2(self.layer1(a)))
-        return self.linear(a.mean((2, 3)))
+        reason = self._why_layer_by_layer(x)
+        if reason is None:
+            pooled = self._trunk(x)
+        elif self.implementation == "cuda":
+            raise RuntimeError(
+                "implementation 'cuda' runs all layers as one operation, which cannot be where "
+                f"{reason}"
+            )
+        else:
+            a = apply_unit(x, self.conv1, self.bn1, implementation=self.implementation)
+            a = self.layer3(self.layer2(self.layer1(a)))
+            pooled = a.mean((2, 3), dtype=torch.promote_types(a.dtype, torch.float32))
+        return self.linear(pooled.to(self.linear.weight.dtype))
+
+    def _trunk(self, x: Tensor) -> Tensor:
+        """[N, 64]. Everything before the last layer, as one operation."""
+        layers = [(self.conv1, self.bn1)]
+        for stage in (self.layer1, self.layer2, self.layer3):
+            for block in stage:
+                layers += [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+        if self.bn1.training:
+            torch._foreach_add_([bn.num_batches_tracked for _, bn in layers], 1)
+        units = [
+            ops.Unit(
+                conv.weight,
+                bn.weight,
+                bn.bias,
+                bn.running_mean,
+                bn.running_var,
+                bn.momentum,
+                bn.eps,
+            )
+            for conv, bn in layers
+        ]
+        return ops.trunk(x, units, training=self.bn1.training, implementation=self.implementation)
+
+    def _why_layer_by_layer(self, x: Tensor) -> str | None:
+        """Why the layers cannot run as one operation; None if they can."""
+        training = self.bn1.training
+        for name, module in self.named_modules():
+            if not name or module is self.linear:
+                continue
+            if type(module) not in (nn.Sequential, BasicBlock, nn.Conv2d, nn.BatchNorm2d):
+                return f"{name} is a {type(module).__name__}"
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return f"{name} has hooks"
+            if isinstance(module, nn.BatchNorm2d) and module.training != training:
+                return f"bn1 and {name} are not both in training or both in evaluation"
+        if torch.is_grad_enabled():
+            if x.requires_grad:
+                return "x requires a gradient"
+            if not training and any(p.requires_grad for p in self.parameters()):
+                return "gradients are wanted in evaluation"
+        return None
 
     def extra_repr(self) -> str:
         return f"depth={self.depth}, implementation={self.implementation!r}"

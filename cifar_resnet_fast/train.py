@@ -189,13 +189,12 @@ def _device_name(config: TrainConfig) -> str:
         raise ValueError("device must be cpu or auto where PyTorch finds no GPU, got cuda")
     device = torch.device(name)
     if config.implementation != "auto":
-        for operation in ("conv_bn_relu", "shortcut_a"):  # what the network is made of
-            reason = ops.why_not(config.implementation, device, operation)
-            if reason is not None:
-                raise ValueError(
-                    f"implementation must be one that can run here, got "
-                    f"{config.implementation}: {reason}"
-                )
+        reason = ops.why_not(config.implementation, device, "trunk")
+        if reason is not None:
+            raise ValueError(
+                f"implementation must be one that can run here, got "
+                f"{config.implementation}: {reason}"
+            )
     return name
 
 

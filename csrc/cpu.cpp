@@ -8,6 +8,7 @@
 
 #include "operations.h"
 #include "python_module.h"
+#include "trunk.h"
 
 namespace cifar_resnet_fast {
 namespace {
@@ -163,6 +164,7 @@ STABLE_TORCH_LIBRARY(cifar_resnet_fast, m) {
       "stage_border_backward(Tensor dout, Tensor out, Tensor y, Tensor scale, SymInt channels,"
       " SymInt height, SymInt width, int stride)"
       " -> (Tensor dy, Tensor dscale, Tensor dshift, Tensor dx)");
+  define_trunk(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cifar_resnet_fast, CPU, m) {

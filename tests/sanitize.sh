@@ -2,7 +2,8 @@
 # The compiled kernels under compute-sanitizer, on a machine with a GPU and a CUDA toolkit:
 #   tests/sanitize.sh [pytest arguments]
 # memcheck: accesses out of bounds; racecheck: shared memory without a barrier; initcheck: reads of
-# global memory that nothing has written. PYTHON names the interpreter (default python3).
+# global memory that nothing has written; synccheck: barriers that not all can reach.
+# PYTHON names the interpreter (default python3).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -19,11 +20,11 @@ fi
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 # and no test may fill memory beforehand
 export SANITIZED=1
-for tool in memcheck racecheck initcheck; do
+for tool in memcheck racecheck initcheck synccheck; do
   echo "== $tool"
   # the captured graphs and the huge tensors need the cache; timeouts do not fit a hundredfold run
   "$sanitizer" --tool "$tool" --error-exitcode 1 --target-processes all \
     "$PYTHON" -m pytest -q -p no:cacheprovider --timeout 0 \
     -k "cuda and not graph and not beyond_one_grid and not compiles_whole and not registration" \
-    tests/test_shortcut_a.py tests/test_stage_border.py "$@"
+    tests/test_shortcut_a.py tests/test_stage_border.py tests/test_trunk.py "$@"
 done

@@ -438,7 +438,8 @@ BAD = {
     "weight-dtype": (
         {"weight": torch.ones(16, 16, 3, 3).half()},
         TypeError,
-        "weight must be of x's dtype torch.float32 outside torch.autocast, got torch.float16",
+        "weight must be of x's dtype torch.float32 outside torch.autocast, or torch.float32 if "
+        "that has 16 bits, got torch.float16",
     ),
     "bn-size": (
         {"bn_bias": torch.ones(15)},
@@ -470,7 +471,7 @@ BAD = {
     "shortcut-dtype": (
         {"shortcut": torch.ones(2, 16, 4, 4).half()},
         TypeError,
-        "shortcut must be of x's dtype torch.float32 outside torch.autocast, got torch.float16",
+        "shortcut must be torch.float32, got torch.float16",
     ),
     "one-value": (
         {"x": torch.ones(1, 16, 2, 2), "stride": 2},

@@ -105,6 +105,7 @@ class Block:
             sums=True,
             x_affine=affine0,
             x_shortcut=v["below"],
+            keep=True,
         )
         affine1 = self.statistics(partials, 1)
         y2, partials, _ = conv3x3_fwd(y1, v["weight2"], stride=1, sums=True, x_affine=affine1)

@@ -31,6 +31,11 @@ FLOORS = {
     "ops.shortcut_a_triton": 1.05,
     "ops.conv_bn_relu_triton": 1.05,
     "ops.stage_border_cuda": 1.06,
+    "ops.trunk_dataflow": 1.05,
+    "ops.trunk_cuda": 1.06,
+    "ops.trunk_triton": 1.06,
+    "ops.trunk_autograd": 1.07,
+    "ops.trunk": 1.1,
     "ops.conv_bn_relu": 1.1,
     "ops.shortcut_a": 1.1,
     "ops.stage_border": 1.1,
@@ -68,20 +73,19 @@ def imports_of(path: Path) -> list[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+            # `from package import room` names the room, `from room import thing` the one before
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if room_of(name) in FLOORS else node.module for name in named]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:
             continue
-        rooms = [
-            name.removeprefix("cifar_resnet_fast").removeprefix(".")
-            for name in names
-            if name.split(".")[0] == "cifar_resnet_fast"
-        ]
-        # `from package import room` names the room; `from room import thing` the room before it
-        inside = [room for room in rooms if room in FLOORS and room]
-        found += inside or rooms
+        found += [room_of(name) for name in names if name.split(".")[0] == "cifar_resnet_fast"]
     return found
+
+
+def room_of(name: str) -> str:
+    return name.removeprefix("cifar_resnet_fast").removeprefix(".")
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name_of)

@@ -241,7 +241,7 @@ def test_an_image_beyond_the_index_arithmetic():
 def test_an_unknown_or_missing_implementation_is_named():
     with pytest.raises(ValueError, match="implementation must be one of auto, .*got 'magic'"):
         ops.shortcut_a(GOOD, 32, implementation="magic")
-    with pytest.raises(RuntimeError, match="'cuda' cannot run conv_bn_relu on cpu: conv_bn_relu"):
+    with pytest.raises(RuntimeError, match="'cuda' cannot run trunk on cpu: the kernels of trunk"):
         FastResNet(8, implementation="cuda")(torch.randn(2, 3, 8, 8))
 
 

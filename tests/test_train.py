@@ -327,6 +327,10 @@ def bad_input(arguments, capsys):
         ("--cutout -1", "--cutout must be 0 or more, got -1"),
         ("--seed -1", "--seed must be in 0 .. 2**63 - 1, got -1"),
         ("--implementation cuda", "--implementation must be one that can run here, got cuda: "),
+        (
+            "--implementation cuda --dtype fp32",
+            "--dtype must be fp16, bf16 or auto with implementation cuda, got 'fp32'",
+        ),
         ("--speed 3", "unrecognized arguments: --speed 3"),
         ("--eval none.pt", "none.pt must be a file"),
         ("--resume none", "--resume must name the folder of a run"),

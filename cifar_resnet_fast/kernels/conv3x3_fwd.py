@@ -145,6 +145,7 @@ def conv3x3_fwd(
     sums: bool = False,
     x_affine: Tensor | None = None,
     x_shortcut: Tensor | None = None,
+    keep: bool = False,
     running: tuple[Tensor, Tensor, Tensor, Tensor, float] | None = None,
     shortcut: Tensor | None = None,
     relu: bool = False,
@@ -158,6 +159,7 @@ def conv3x3_fwd(
         sums: leave the statistics of y for ``bn_merge_fwd``
         x_affine: [4, C] float32. normalise x on load, then ReLU
         x_shortcut: as x. added to the normalised x before its ReLU
+        keep: write the normalised x, too
         running: bn_weight, bn_bias, running_mean, running_var [K], eps. normalise y by these
         shortcut: as y. added after that
         relu: apply it after that
@@ -165,8 +167,7 @@ def conv3x3_fwd(
     Returns:
         y: [N, K, HO, WO] channels-last, of x's dtype
         partials: [S, 3, K] float32, count, mean and sum of squared deviations; None without sums
-        activation: as x, what was convolved; None unless ``x_shortcut`` is given, as nobody can
-            make it again cheaply
+        activation: as x, what was convolved; None unless ``keep``
     """
     N, C, H, W = x.shape
     K = weight.shape[0]
@@ -180,7 +181,7 @@ def conv3x3_fwd(
     partials = None
     if sums:
         partials = torch.empty((programs, 3, K), dtype=torch.float32, device=x.device)
-    activation = None if x_shortcut is None else torch.empty_like(x)
+    activation = torch.empty_like(x) if keep else None
     bn_weight, bn_bias, running_mean, running_var, eps = running or (None,) * 4 + (0.0,)
     launch.launch(
         _conv3x3_fwd_kernel,

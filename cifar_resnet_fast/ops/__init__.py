@@ -9,12 +9,15 @@ from cifar_resnet_fast.ops.extension import BUILD_INFO, WHY_NOT_LOADED
 from cifar_resnet_fast.ops.sgd import sgd
 from cifar_resnet_fast.ops.shortcut_a import shortcut_a
 from cifar_resnet_fast.ops.stage_border import stage_border
+from cifar_resnet_fast.ops.trunk import trunk
+from cifar_resnet_fast.reference import Unit
 
 __all__ = [
     "BUILD_INFO",
     "IMPLEMENTATIONS",
     "OPERATIONS",
     "WHY_NOT_LOADED",
+    "Unit",
     "choose",
     "conv_bn_relu",
     "conv_sync_bn_relu",
@@ -23,5 +26,6 @@ __all__ = [
     "sgd",
     "shortcut_a",
     "stage_border",
+    "trunk",
     "why_not",
 ]

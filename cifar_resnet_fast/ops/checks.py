@@ -84,6 +84,32 @@ def check_channels_last(name: str, value: Tensor) -> None:
         )
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What ``torch.autocast`` casts to on ``device``, None where it is off."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What x is taken in: its own dtype, or that of autocast, which leaves float64 alone."""
+    autocast = autocast_dtype(x.device)
+    return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
+
+
+def check_weight_dtype(name: str, weight: Tensor, x: Tensor) -> None:
+    """Outside of autocast a weight has the dtype of ``x``, or is the float32 master of what is
+    taken in x's 16 bits; TypeError where not."""
+    if weight.dtype == x.dtype or autocast_dtype(x.device) is not None:
+        return
+    if x.element_size() != 2 or weight.dtype != torch.float32:
+        raise TypeError(
+            f"{name} must be of x's dtype {x.dtype} outside torch.autocast, or torch.float32 if "
+            f"that has 16 bits, got {weight.dtype}"
+        )
+
+
 def check_number(name: str, value: float) -> None:
     """``value`` is a number; TypeError where not."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -4,9 +4,9 @@
 compiled when first launched. An operation need not have all of them, so the question is always
 asked for one operation. On a CUDA tensor ``auto`` takes the fastest that can run there, on any
 other tensor the reference. One that was asked for by name and cannot run is an error that says
-why; nothing falls back silently. By name, CPU tensors too are served by ``cuda``, with the C++
-twins by which its kernels are tested, and by ``triton``, interpreted, where the environment has
-TRITON_INTERPRET=1.
+why; nothing falls back silently. By name, CPU tensors too are served by ``cuda``, with the
+C++ twins by which its smaller kernels are tested, and by ``triton``, interpreted, where the
+environment has TRITON_INTERPRET=1.
 """
 
 import importlib.util
@@ -21,6 +21,7 @@ OPERATIONS = {  # and their implementations, fastest first
     "conv_bn_relu": ("triton", "reference"),
     "shortcut_a": ("cuda", "triton", "reference"),
     "stage_border": ("cuda", "reference"),
+    "trunk": ("cuda", "triton", "reference"),
     "load_batch": ("triton", "reference"),
     "sgd": ("triton", "reference"),
 }
@@ -41,6 +42,8 @@ def why_not(implementation: str, device: torch.device, operation: str) -> str | 
     if implementation not in OPERATIONS[operation]:
         return f"{operation} has no implementation of that name"
     if implementation == "cuda":
+        if operation == "trunk" and device.type == "cpu":
+            return "the kernels of trunk have no twins on the CPU"
         return why_not_extension(device)
     if implementation == "triton":
         return why_not_triton(device)

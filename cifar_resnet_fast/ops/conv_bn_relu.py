@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops.checks import check_number, check_shape, check_stride, check_tensor
+from cifar_resnet_fast.ops.checks import (
+    autocast_dtype,
+    check_dtype,
+    check_number,
+    check_shape,
+    check_stride,
+    check_tensor,
+    check_weight_dtype,
+    compute_dtype,
+)
 from cifar_resnet_fast.ops.choice import choose
 
 
@@ -39,7 +48,7 @@ def conv_bn_relu(
 
     Args:
         x: [N, C, H, W], any strides
-        weight: [K, C, 3, 3], of x's dtype unless under autocast
+        weight: [K, C, 3, 3], of x's dtype, or float32 where x has 16 bits or under autocast
         bn_weight, bn_bias, running_mean, running_var: [K], all of one dtype, x's or float32
         stride: 1 or 2
         shortcut: [N, K, ceil(H / stride), ceil(W / stride)], of x's dtype unless under autocast,
@@ -64,10 +73,10 @@ def conv_bn_relu(
             f"x must give more than 1 value per channel when training, got shape {tuple(x.shape)} "
             f"at stride {stride}"
         )
-    compute_dtype = _compute_dtype(x)
-    x = x.to(compute_dtype)
+    dtype = compute_dtype(x)
+    x = x.to(dtype)
     if shortcut is not None:
-        shortcut = shortcut.to(compute_dtype)
+        shortcut = shortcut.to(dtype)
 
     chosen = choose(implementation, x.device, "conv_bn_relu")
     if chosen == "triton":
@@ -125,26 +134,15 @@ def _check(
     if shortcut is not None:
         check_tensor("shortcut", shortcut, "N K H W", like=x)
         check_shape("shortcut", shortcut, (N, K, HO, WO))
-    if not torch.is_autocast_enabled(x.device.type):
-        for name, tensor in (("weight", weight), ("shortcut", shortcut)):
-            if tensor is not None and tensor.dtype != x.dtype:
-                raise TypeError(
-                    f"{name} must be of x's dtype {x.dtype} outside torch.autocast, "
-                    f"got {tensor.dtype}"
-                )
-    if bn_weight.dtype not in (torch.float32, _compute_dtype(x)):
+    check_weight_dtype("weight", weight, x)
+    if shortcut is not None and autocast_dtype(x.device) is None:
+        check_dtype("shortcut", shortcut, x.dtype)
+    if bn_weight.dtype not in (torch.float32, compute_dtype(x)):
         raise TypeError(
-            f"bn_weight must be torch.float32 or of the dtype x is taken in, {_compute_dtype(x)}, "
+            f"bn_weight must be torch.float32 or of the dtype x is taken in, {compute_dtype(x)}, "
             f"got {bn_weight.dtype}"
         )
     return N, C, H, W, K, HO, WO
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What x is taken in: its own dtype, or that of autocast, which leaves float64 alone."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def _broken_triton_rule(

@@ -1,0 +1,235 @@
+"""The trunk's kernels as one autograd function, and for torch.compile (layer 1).
+
+Saved for the backward, of the activations: x, y1 and y2 of every block, y of the first
+convolution, the pictures and the mask of the last ReLU. On 32x32 pictures in 16 bits, with n
+blocks a stage, these are 168 n + 65 KiB a picture with ``cuda``: 33 MiB for ResNet-1202.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cifar_resnet_fast.ops import trunk_cuda, trunk_dataflow
+from cifar_resnet_fast.ops.trunk_dataflow import Kept
+from cifar_resnet_fast.reference import Unit
+
+
+def kernels_of(implementation: str) -> ModuleType:
+    """The module with an implementation's kernels; triton is imported only where it is used."""
+    if implementation == "cuda":
+        return trunk_cuda
+    from cifar_resnet_fast.ops import trunk_triton
+
+    return trunk_triton
+
+
+def trunk(
+    implementation: str,
+    pictures: Tensor,
+    units: Sequence[Unit],
+    dtype: torch.dtype,
+    training: bool,
+    wants_grad: bool,
+) -> Tensor:
+    """``reference.trunk`` on the kernels of ``implementation``; see ``ops.trunk``.
+
+    Args:
+        dtype: of the activations
+        wants_grad: whether a unit's parameters are to have gradients
+        all others: as ``ops.trunk``, checked
+    """
+    pictures = kernels_of(implementation).pictures_for_kernels(pictures, dtype)
+    *columns, momenta, eps = (list(column) for column in zip(*units, strict=True))
+    if training and wants_grad:
+        tensors = [tensor for column in columns for tensor in column]
+        return _Trunk.apply(implementation, pictures, momenta, eps, *tensors)
+    columns = [[tensor.detach() for tensor in column] for column in columns]
+    compiling = torch.compiler.is_compiling()
+    if training:
+        run = _compiled_fwd if compiling else trunk_fwd
+        return run(implementation, pictures, *columns, momenta, eps, False)[0]
+    run = _eval_op if compiling else trunk_eval
+    return run(implementation, pictures, *columns, eps)
+
+
+# Functions of plain lists, as torch.library takes them: one list for each field of Unit.
+
+
+def _units(*columns: Sequence) -> list[Unit]:
+    return [Unit(*fields) for fields in zip(*columns, strict=True)]
+
+
+def trunk_fwd(
+    implementation: str,
+    pictures: Tensor,
+    weights: list[Tensor],
+    bn_weights: list[Tensor],
+    bn_biases: list[Tensor],
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    momenta: list[float],
+    eps: list[float],
+    keep: bool,
+) -> list[Tensor]:
+    """The pooled activation and, where ``keep``, all of ``Kept``; updates the running values."""
+    units = _units(weights, bn_weights, bn_biases, running_means, running_vars, momenta, eps)
+    kernels = kernels_of(implementation).Kernels(units, pictures)
+    pooled, kept = trunk_dataflow.forward(kernels, pictures, len(units), keep)
+    return [pooled, *kept.flat()] if keep else [pooled]
+
+
+def trunk_bwd(
+    implementation: str,
+    dpooled: Tensor,
+    pictures: Tensor,
+    kept: list[Tensor],
+    weights: list[Tensor],
+    bn_weights: list[Tensor],
+) -> list[Tensor]:
+    """Gradients of all weights, then of all bn_weights, then of all bn_biases."""
+    nothing = [None] * len(weights)  # the backward pass reads no more of a unit
+    units = _units(weights, bn_weights, *[nothing] * 5)
+    saved = Kept.of(kept, len(units))
+    kernels = kernels_of(implementation).Kernels(units, pictures, saved)
+    trunk_dataflow.backward(kernels, dpooled, pictures, saved)
+    return [gradient for column in zip(*kernels.gradients, strict=True) for gradient in column]
+
+
+def trunk_eval(
+    implementation: str,
+    pictures: Tensor,
+    weights: list[Tensor],
+    bn_weights: list[Tensor],
+    bn_biases: list[Tensor],
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    eps: list[float],
+) -> Tensor:
+    """The pooled activation with the running statistics."""
+    nothing = [None] * len(weights)
+    units = _units(weights, bn_weights, bn_biases, running_means, running_vars, nothing, eps)
+    return kernels_of(implementation).evaluate(units, pictures)
+
+
+# torch.compile sees these as opaque operations; called plainly they would cost more host time.
+# One that updates a list and gives a list cannot be, so the first works on copies.
+
+
+@torch.library.custom_op("cifar_resnet_fast::trunk_fwd", mutates_args=())
+def _forward_op(
+    implementation: str,
+    pictures: Tensor,
+    weights: list[Tensor],
+    bn_weights: list[Tensor],
+    bn_biases: list[Tensor],
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    momenta: list[float],
+    eps: list[float],
+    keep: bool,
+) -> list[Tensor]:
+    running = [[tensor.clone() for tensor in column] for column in (running_means, running_vars)]
+    columns = (weights, bn_weights, bn_biases, *running, momenta, eps)
+    return [*running[0], *running[1], *trunk_fwd(implementation, pictures, *columns, keep)]
+
+
+def _compiled_fwd(
+    implementation,
+    pictures,
+    weights,
+    bn_weights,
+    bn_biases,
+    running_means,
+    running_vars,
+    momenta,
+    eps,
+    keep,
+) -> list[Tensor]:
+    """``trunk_fwd`` for torch.compile."""
+    running = [*running_means, *running_vars]
+    columns = (weights, bn_weights, bn_biases, running_means, running_vars, momenta, eps)
+    made = _forward_op(implementation, pictures, *columns, keep)
+    torch._foreach_copy_(running, made[: len(running)])
+    return made[len(running) :]
+
+
+_backward_op = torch.library.custom_op("cifar_resnet_fast::trunk_bwd", trunk_bwd, mutates_args=())
+_eval_op = torch.library.custom_op("cifar_resnet_fast::trunk_eval", trunk_eval, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(implementation, pictures, weights, bn_weights, bn_biases, means, variances, *rest):
+    running = [torch.empty_like(tensor) for tensor in (*means, *variances)]
+    return [*running, *fake_trunk_fwd(implementation, pictures, weights, keep=rest[-1])]
+
+
+def fake_trunk_fwd(
+    implementation: str, pictures: Tensor, weights: list[Tensor], keep: bool
+) -> list[Tensor]:
+    """Tensors like those of ``trunk_fwd``, which nobody has written."""
+    N, _, H, W = pictures.shape
+    y, norm, x = [], [], []
+    for i, weight in enumerate(weights):
+        K, C = weight.shape[:2]
+        if i % 2 == 1:
+            x.append(_empty(pictures, (N, C, H, W)))
+            H, W = (H, W) if K == C else ((H + 1) // 2, (W + 1) // 2)
+        y.append(_empty(pictures, (N, K, H, W)))
+        norm.append(pictures.new_empty((4, K), dtype=torch.float32))
+    pooled = pictures.new_empty((N, K), dtype=torch.float32)
+    if not keep:
+        return [pooled]
+    mask, packed = kernels_of(implementation).like_mask_and_weights(y[-1], weights)
+    return [pooled, *Kept(mask, y, norm, x, packed).flat()]
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+@_backward_op.register_fake
+def _(implementation, dpooled, pictures, kept, weights, bn_weights):
+    vectors = [torch.empty_like(bn_weight) for bn_weight in bn_weights]
+    return [torch.empty_like(w) for w in weights] + vectors + [v.clone() for v in vectors]
+
+
+@_eval_op.register_fake
+def _(implementation, pictures, weights, *_):
+    return pictures.new_empty((len(pictures), len(weights[-1])), dtype=torch.float32)
+
+
+class _Trunk(torch.autograd.Function):
+    """Differentiable in weight, bn_weight and bn_bias of every unit, once."""
+
+    @staticmethod
+    def forward(ctx, implementation, pictures, momenta, eps, *tensors):
+        count = len(momenta)
+        columns = [list(tensors[i : i + count]) for i in range(0, len(tensors), count)]
+        run = _compiled_fwd if torch.compiler.is_compiling() else trunk_fwd
+        pooled, *kept = run(implementation, pictures, *columns, momenta, eps, True)
+        weights, bn_weights = columns[:2]
+        ctx.implementation, ctx.count = implementation, count
+        ctx.save_for_backward(pictures, *weights, *bn_weights, *kept)
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dpooled):
+        count = ctx.count
+        pictures, *saved = ctx.saved_tensors
+        weights, bn_weights, kept = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        run = _backward_op if torch.compiler.is_compiling() else trunk_bwd
+        gradients = run(ctx.implementation, dpooled, pictures, kept, weights, bn_weights)
+        return (
+            None,  # implementation
+            None,  # pictures
+            None,  # momenta
+            None,  # eps
+            *gradients,  # weights, bn_weights, bn_biases
+            *[None] * (2 * count),  # running_means, running_vars
+        )
