@@ -4,11 +4,17 @@
 // What it finds beside wrong results:
 //   * a missing barrier: the order in which warps advance is a parameter (`set_order`), and a warp
 //     runs on until a barrier stops it;
-//   * a missing wait: the destination of an asynchronous copy holds NaN until the wait;
+//   * a missing wait: nobody may touch the destination of an asynchronous copy until then;
 //   * shared memory that is read before it is written: it starts as NaN;
+//   * races in shared memory: a write and another lane's access with no barrier, of the warp or of
+//     more, between them; shuffles and matrix instructions order nothing;
+//   * races between blocks: a value that one block writes and another touches;
+//   * lanes of a warp that meet in different instructions, and part of a warp at a barrier;
 //   * access outside the tensors named by `allow`, outside shared memory, or misaligned;
+//   * where kernels overlap: global memory, other than constants, touched before the wait for the
+//     kernel before, constants that are written, and lanes that never wait;
 //   * deadlocks, and barriers that name other numbers of lanes.
-// What it cannot find: a barrier that is missing only within a warp, and races between blocks.
+// What it cannot find: what else kernels do to each other, and what compiler and card make of it.
 #ifndef CIFAR_RESNET_FAST_WARP_CUH_
 #define CIFAR_RESNET_FAST_WARP_CUH_
 #define CIFAR_RESNET_FAST_LAUNCH_CUH_
@@ -50,9 +56,14 @@ void forbid_all();
 int thread_index();
 int block_index();
 int block_count();
-void* checked_global(const void* p, size_t bytes, bool write);
-unsigned char* checked_shared(uint32_t address, size_t bytes);
+enum class Access { kRead, kWrite, kReadConstant };
+void* checked_global(const void* p, size_t bytes, Access access);
+// by the running lane, or by one of the 32 of its warp
+unsigned char* checked_shared(uint32_t address, size_t bytes, Access access);
+unsigned char* checked_shared(uint32_t address, size_t bytes, Access access, int lane);
 void barrier(int id, int lanes);
+void warp_barrier();
+void wait_for_kernel_before();
 void copy_async(uint32_t to, const void* from, int bytes, bool valid);
 void commit_copies();
 void wait_for_copies_but(int groups);
@@ -89,20 +100,20 @@ inline uint32_t shared_start() {
 }
 
 template <class T>
-T load_global(const void* p) {
+T load_global(const void* p, Access access = Access::kRead) {
   T v;
-  std::memcpy(&v, checked_global(p, sizeof v, false), sizeof v);
+  std::memcpy(&v, checked_global(p, sizeof v, access), sizeof v);
   return v;
 }
 template <class T>
 void store_global(void* p, T v) {
-  std::memcpy(checked_global(p, sizeof v, true), &v, sizeof v);
+  std::memcpy(checked_global(p, sizeof v, Access::kWrite), &v, sizeof v);
 }
 inline uint4 load_16_bytes(const void* p) {
   return load_global<uint4>(p);
 }
 inline uint4 load_16_bytes_constant(const void* p) {
-  return load_global<uint4>(p);
+  return load_global<uint4>(p, Access::kReadConstant);
 }
 inline uint2 load_8_bytes(const void* p) {
   return load_global<uint2>(p);
@@ -142,12 +153,12 @@ void wait_for_copies() {
 
 template <class T>
 void store_shared(uint32_t a, T v) {
-  std::memcpy(checked_shared(a, sizeof v), &v, sizeof v);
+  std::memcpy(checked_shared(a, sizeof v, Access::kWrite), &v, sizeof v);
 }
 template <class T>
 T load_shared(uint32_t a) {
   T v;
-  std::memcpy(&v, checked_shared(a, sizeof v), sizeof v);
+  std::memcpy(&v, checked_shared(a, sizeof v, Access::kRead), sizeof v);
   return v;
 }
 inline uint4 load_shared_16_bytes(uint32_t a) {
@@ -167,7 +178,8 @@ void load_four_matrices(uint32_t (&m)[4], uint32_t row) {
   with_whole_warp(mine, [](Operands* const* lanes) {
     uint16_t element[4][8][8];
     for (int i = 0; i < 32; ++i) {
-      std::memcpy(element[i / 8][i % 8], checked_shared(lanes[i]->address, 16), 16);
+      std::memcpy(element[i / 8][i % 8], checked_shared(lanes[i]->address, 16, Access::kRead, i),
+                  16);
     }
     for (int i = 0; i < 32; ++i) {
       const int g = i / 4, t = i % 4;
@@ -275,10 +287,6 @@ inline float shuffle_xor(float v, int mask) {
   });
   return mine.c[1];
 }
-inline void warp_barrier() {
-  Operands mine;
-  with_whole_warp(mine, [](Operands* const*) {});
-}
 void block_barrier();
 template <int WARPS>
 void group_barrier(int id) {
@@ -286,7 +294,6 @@ void group_barrier(int id) {
 }
 
 inline void let_next_kernel_start() {}
-inline void wait_for_kernel_before() {}
 
 }  // namespace cifar_resnet_fast
 
