@@ -15,12 +15,12 @@ struct LaunchShape {
   void* stream;
 };
 
-// 0, or the cudaError_t of the launch
+// 0, or the cudaError_t of the launch, which the runtime then forgets: it would hand it to whoever
+// asks next, and that is PyTorch behind some kernel of its own.
 template <class Params>
 int launch(void (*kernel)(Params), const Params& params, const LaunchShape& shape) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            shape.shared_bytes);
-  if (error != cudaSuccess) return error;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -31,14 +31,15 @@ int launch(void (*kernel)(Params), const Params& params, const LaunchShape& shap
   config.stream = static_cast<cudaStream_t>(shape.stream);
   config.attrs = &overlap;
   config.numAttrs = 0;
-  if (shape.overlap) {
+  if (error == cudaSuccess && shape.overlap) {
     // by what the kernel was compiled for, not by the card: code for sm_80 does not wait
-    cudaFuncAttributes attributes;
+    cudaFuncAttributes attributes = {};
     error = cudaFuncGetAttributes(&attributes, kernel);
-    if (error != cudaSuccess) return error;
     config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
   }
-  return cudaLaunchKernelEx(&config, kernel, params);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, params);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 
 }  // namespace cifar_resnet_fast
