@@ -82,8 +82,7 @@ def check_resources(architecture: int) -> tuple[bool, str]:
     kernels = [
         kernel
         for source in sources
-        for kernel in ptxas_report.report(source, nvcc)
-        if kernel.architecture == architecture
+        for kernel in ptxas_report.report(source, nvcc, (architecture,))
     ]
     spilling = [kernel.name for kernel in kernels if kernel.spilled]
     if spilling:

@@ -1,16 +1,18 @@
 """What ptxas says of every CUDA kernel, without a GPU: ``python bench/ptxas_report.py``.
 
-Compiles csrc/kernels/*.cu for every architecture of setup.py's default list, warnings being
-errors, and prints each kernel's registers, spilled bytes and static shared memory. Needs nvcc and
-c++filt.
+Compiles csrc/kernels/*.cu for every architecture the project supports, or with ``--arch 86`` for
+that one, warnings being errors, and prints each kernel's registers, spilled bytes and static
+shared memory. Needs nvcc and c++filt.
 """
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,13 +46,18 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def report(source: Path, nvcc: str) -> list[Kernel]:
-    """Compile ``source``, a .cu file, and read what ptxas reports.
+def report(source: Path, nvcc: str, architectures: Iterable[int] = ARCHITECTURES) -> list[Kernel]:
+    """Compile ``source`` and read what ptxas reports.
+
+    Args:
+        source: a .cu file
+        nvcc: the compiler
+        architectures: compute capabilities, 86 for 8.6
 
     Raises:
         RuntimeError: it does not compile without warnings; has the compiler's words
     """
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, *FLAGS, *targets, "-c", str(source), "-o", f"{folder}/kernels.o"]
         result = subprocess.run(command, capture_output=True, text=True)
@@ -80,12 +87,18 @@ def sources() -> list[Path]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES
+    )
+    options = parser.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
         sys.exit("there is no nvcc (CUDA_HOME, /usr/local/cuda or PATH)")
     print(f"{'kernel':64} {'sm':>3} {'registers':>9} {'spilled':>7} {'shared':>7}")
     for source in sources():
-        for k in sorted(report(source, nvcc), key=lambda k: (k.name, k.architecture)):
+        kernels = report(source, nvcc, options.arch)
+        for k in sorted(kernels, key=lambda k: (k.name, k.architecture)):
             print(f"{k.name:64} {k.architecture:3} {k.registers:9} {k.spilled:7} {k.shared:7}")
 
 

@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--resources",
         action="store_true",
-        help="with --predict: compile the convolutions with nvcc (for minutes) and "
+        help="with --predict: compile the convolutions with nvcc (a minute) and "
         "say whether the prediction's condition on them holds; exit status 1 if not",
     )
     options = parser.parse_args(arguments)

@@ -200,11 +200,11 @@ def test_command_line(capsys):
     ],
 )
 def test_prediction_depends_on_the_resources(spilled, status, words, monkeypatch, capsys):
-    def compiled(source, nvcc):
+    def compiled(source, nvcc, architectures):
+        assert tuple(architectures) == (86,)  # the card's alone
         return [
             ptxas_report.Kernel("F2", 86, 120, 0, 0),
             ptxas_report.Kernel("B2", 86, 200, spilled, 0),
-            ptxas_report.Kernel("B2", 80, 255, 64, 0),  # of another card
         ]
 
     monkeypatch.setattr(ptxas_report, "find_nvcc", lambda: "nvcc")

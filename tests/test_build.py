@@ -44,6 +44,19 @@ def test_kernels_compile_without_warnings_and_fit_every_card(source):
             assert kernel.registers * 256 * 4 <= REGISTERS, kernel
 
 
+@pytest.mark.skipif(
+    ptxas_report.find_nvcc() is None or shutil.which("c++filt") is None,
+    reason="needs nvcc and c++filt",
+)
+def test_one_architecture_alone(monkeypatch, capsys):
+    monkeypatch.setattr(ptxas_report, "sources", lambda: [ROOT / "csrc/kernels/shortcut_a.cu"])
+    monkeypatch.setattr(sys, "argv", ["ptxas_report.py", "--arch", "86"])
+    ptxas_report.main()
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert {line.split()[-4] for line in lines} == {"86"}
+
+
 def test_kernels_know_nothing_of_torch():
     for path in (ROOT / "csrc" / "kernels").iterdir():
         assert "torch/" not in path.read_text(), path
