@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.cards import Card
 from bench.cases import CASES, Case, Tensors
 from bench.measure import Call, check, time_calls
-from bench.suite import FAILURES, Suite, Unavailable, flags, rates, timed
+from bench.suite import Suite, Unavailable, flags, rates, timed
 from bench.traffic import Sizes
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.engine import DTYPES
@@ -123,41 +123,30 @@ def preparer(
     return prepare
 
 
-def measure(
-    suite: Suite, card: Card, case: Case, name: str, run: Run, batch: int, dtype: str
-) -> None:
+def measure(suite: Suite, card: Card, case: Case, name: str, batch: int, dtype: str) -> None:
     """Verify one implementation of a case, then time it forward, backward and both."""
-    key = key_of(case, dtype, batch, name)
-    try:
-        verify(case, run, *draw(case, batch, DTYPES[dtype], suite.device, seed=0))
-        for phase in PHASES:
-            moved, flops = case.work(phase, Sizes(batch, dtype))
-            timing = time_calls(
-                preparer(case, run, phase, batch, DTYPES[dtype], suite.device),
-                suite.device,
-                input_bytes=moved,
-                seconds=suite.seconds,
-            )
-            row = {
-                **key,
-                "phase": phase,
-                **timed(timing),
-                **rates(timing, card, dtype, moved, flops),
-            }
-            suite.add(row, line(row))
-    except FAILURES as error:
-        suite.add_failure(key, error)
-
-
-def key_of(case: Case, dtype: str, batch: int, name: str) -> dict:
-    """What tells a result from the others of this suite, but for the phase."""
-    return {
+    key = {
         "operation": case.operation,
         "place": case.place,
         "dtype": dtype,
         "batch": batch,
         "implementation": name,
     }
+    left = [{**key, "phase": phase} for phase in PHASES]
+    with suite.attempt(left):
+        run = runner(case, name, suite)
+        verify(case, run, *draw(case, batch, DTYPES[dtype], suite.device, seed=0))
+        while left:
+            moved, flops = case.work(left[0]["phase"], Sizes(batch, dtype))
+            timing = time_calls(
+                preparer(case, run, left[0]["phase"], batch, DTYPES[dtype], suite.device),
+                suite.device,
+                input_bytes=moved,
+                seconds=suite.seconds,
+            )
+            row = {**left[0], **timed(timing), **rates(timing, card, dtype, moved, flops)}
+            suite.add(row, line(row))
+            del left[0]
 
 
 def line(row: dict) -> str:
@@ -198,13 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         cases, options.dtype or dtypes, options.batch_size or batches, sorted(wanted)
     )
     for case, dtype, batch, name in suite.progress(list(problems)):
-        try:
-            run = runner(case, name, suite)
-        except Unavailable as error:
-            if options.implementation:  # who names one wants to know
-                suite.add_failure(key_of(case, dtype, batch, name), error)
-            continue
-        measure(suite, card, case, name, run, batch, dtype)
+        measure(suite, card, case, name, batch, dtype)
     return suite.finish()
 
 

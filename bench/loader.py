@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from bench import traffic
 from bench.measure import Call, Timing, WrongResult, quantiles, time_calls
-from bench.suite import FAILURES, Suite, Unavailable, flags, rates, timed
+from bench.suite import Suite, Unavailable, flags, rates, timed
 from bench.traffic import Sizes
 from cifar_resnet_fast.engine import DTYPES
 from cifar_resnet_fast.loader import CROP_PADDING, Loader
@@ -217,33 +217,26 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.implementation or LOADERS
     for dtype, batch, name in suite.progress(list(itertools.product(dtypes, batches, names))):
         key = {"dtype": dtype, "batch": batch, "implementation": name}
-        try:
+        with suite.attempt([key]):
             loader = LOADERS[name](suite, pictures, batch, dtype)
             verify(next(iter(loader(0))), pictures, batch, reflect=name == "airbench")
             if name == IN_GRAPH:
                 timing = time_in_graph(suite, pictures, batch, dtype)
             else:
                 timing = time_epochs(suite, loader, epochs)
-        except FAILURES as error:
-            suite.add_failure(key, error)
-            continue
-        except Unavailable as error:
-            if options.implementation:  # who names one wants to know
-                suite.add_failure(key, error)
-            continue
-        work = traffic.loader(Sizes(batch, dtype))
-        row = {
-            **key,
-            **timed(timing),
-            **rates(timing, card, dtype, work.bytes, work.flops),
-            "images_per_second": round(batch / timing.median, 1),
-        }
-        suite.add(
-            row,
-            f"{name:12} {dtype} {batch:5}  {row['us']:9.1f} us a batch ({row['us_20']:.1f} - "
-            f"{row['us_80']:.1f})  {row['images_per_second']:10.0f} images/s  "
-            f"floor {row['floor_us']:.1f} us",
-        )
+            work = traffic.loader(Sizes(batch, dtype))
+            row = {
+                **key,
+                **timed(timing),
+                **rates(timing, card, dtype, work.bytes, work.flops),
+                "images_per_second": round(batch / timing.median, 1),
+            }
+            suite.add(
+                row,
+                f"{name:12} {dtype} {batch:5}  {row['us']:9.1f} us a batch ({row['us_20']:.1f} - "
+                f"{row['us_80']:.1f})  {row['images_per_second']:10.0f} images/s  "
+                f"floor {row['floor_us']:.1f} us",
+            )
     return suite.finish()
 
 

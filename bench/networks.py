@@ -155,6 +155,7 @@ def package_step(problem: Problem, implementation: str) -> TrainingStep:
 
     Raises:
         Unavailable: the network does not run in ``implementation`` here
+        RuntimeError: it fails, or a CUDA graph cannot hold it
     """
     dtype = DTYPES[problem.dtype]
     engine = Engine(
@@ -173,13 +174,15 @@ def package_step(problem: Problem, implementation: str) -> TrainingStep:
     with _unavailable(), torch.no_grad(), _autocast(problem, EAGER):
         engine.model.eval()(torch.zeros(1, 3, 32, 32, device=problem.device, dtype=dtype))
     capture = capture_for(problem.device)
-    captured = capture is not None and engine.capture(capture) is None
+    reason = engine.capture(capture) if capture is not None else None
+    if reason is not None:  # it would train on without a graph
+        raise RuntimeError(f"the step cannot be captured: {reason}")
 
     def step() -> Tensor:
         engine.train_step()
         return engine.metrics[0, (engine.done - 1) % engine.metrics.shape[1]]
 
-    return TrainingStep(step, engine.model, replays=captured)
+    return TrainingStep(step, engine.model, replays=capture is not None)
 
 
 def plain_inference(problem: Problem, how: Plain) -> tuple[Callable[[], Tensor], bool]:

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 
 from bench import charts, roofline
 from bench.cards import CARDS
-from bench.suite import RESULTS
+from bench.suite import RESULTS, describe
 
 Row = dict
 RESULT_FIELDS = ("us", "no_time", "seconds", "copy_gb_s")  # a row has one of these
@@ -176,15 +176,17 @@ def mean_and_deviation(values: list[float], digits: int) -> str:
 
 
 def failure_lines(rows: list[Row]) -> list[str]:
-    """The cases without a time, and why."""
-    failed = [row for row in rows if "no_time" in row]
-    if not failed:
+    """The cases without a time, and why; the phases of one case in one line."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if "no_time" in row:
+            case = {name: row.get(name) for name in CASES[row["suite"]]}
+            same = tuple(value for name, value in case.items() if name != "phase")
+            groups.setdefault((same, row["no_time"]), []).append(case)
+    if not groups:
         return []
-    lines = ["Without a time:", ""]
-    for row in failed:
-        case = ", ".join(str(row[name]) for name in CASES[row["suite"]] if name in row)
-        lines.append(f"* {case}: {row['no_time']}")
-    return [*lines, ""]
+    lines = [f"* {describe(cases)}: {reason}" for (_, reason), cases in groups.items()]
+    return ["Without a time:", "", *lines, ""]
 
 
 def prediction_lines() -> list[str]:

@@ -27,7 +27,7 @@ from bench.networks import (
     plain_inference,
     plain_step,
 )
-from bench.suite import FAILURES, Suite, Unavailable, flags, rates, timed
+from bench.suite import Suite, flags, rates, timed
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.engine import DTYPES
 from cifar_resnet_fast.resnet import check_depth
@@ -65,35 +65,36 @@ def measure(suite: Suite, card: Card, problem: Problem, phase: str, name: str) -
         "batch": problem.batch,
         "implementation": name,
     }
+    with suite.attempt([key]):
+        row = measured(suite, card, problem, phase, name)
+        suite.add({**key, **row}, line({**key, **row}))
+
+
+def measured(suite: Suite, card: Card, problem: Problem, phase: str, name: str) -> dict:
+    """What ``measure`` finds out, as fields of a result."""
     shape = (problem.depth, problem.batch, problem.dtype)
-    try:
-        if phase == "training":
-            works = roofline.training_step(*shape)
-            if name not in PACKAGE:
-                works = works[1:]  # no loader
-            verify_step(problem, name)
-            with peak_memory(suite.device) as peak:
-                run = make_step(problem, name)
-                run()
-            replays = run.replays
-        else:
-            works = roofline.inference(*shape)
-            with peak_memory(suite.device) as peak:
-                run, replays = make_inference(problem, name)
-                run()
-            eager, exact = (plain_inference(problem, how)[0]() for how in (EAGER, EXACT))
-            check({"logits": run()}, {"logits": eager}, {"logits": exact}, maximum=True)
-            del eager, exact
-        moved = sum(work.bytes for work in works)
-        timing = time_calls(
-            lambda _: run, suite.device, input_bytes=moved, seconds=suite.seconds, graph=False
-        )
-    except FAILURES as error:
-        suite.add_failure(key, error)
-        return
-    flops = sum(work.flops for work in works)
-    row = {
-        **key,
+    if phase == "training":
+        works = roofline.training_step(*shape)
+        if name not in PACKAGE:
+            works = works[1:]  # no loader
+        verify_step(problem, name)
+        with peak_memory(suite.device) as peak:
+            run = make_step(problem, name)
+            run()
+        replays = run.replays
+    else:
+        works = roofline.inference(*shape)
+        with peak_memory(suite.device) as peak:
+            run, replays = make_inference(problem, name)
+            run()
+        eager, exact = (plain_inference(problem, how)[0]() for how in (EAGER, EXACT))
+        check({"logits": run()}, {"logits": eager}, {"logits": exact}, maximum=True)
+        del eager, exact
+    moved, flops = (sum(getattr(work, what) for work in works) for what in ("bytes", "flops"))
+    timing = time_calls(
+        lambda _: run, suite.device, input_bytes=moved, seconds=suite.seconds, graph=False
+    )
+    return {
         **timed(timing),
         "peak_mib": peak.mib,  # with weights, optimiser and a graph's own memory
         **rates(timing, card, problem.dtype, moved, flops),
@@ -102,11 +103,15 @@ def measure(suite: Suite, card: Card, problem: Problem, phase: str, name: str) -
         "images_per_second": round(problem.batch / timing.median, 1),
         "own_graph": replays,
     }
-    suite.add(
-        row,
-        f"{phase:9} ResNet-{problem.depth:<4} {problem.dtype} {problem.batch:5} {name:26} "
+
+
+def line(row: dict) -> str:
+    """A result for people."""
+    return (
+        f"{row['phase']:9} ResNet-{row['depth']:<4} {row['dtype']} {row['batch']:5} "
+        f"{row['implementation']:26} "
         f"{row['us'] / 1e3:9.3f} ms ({row['us_20'] / 1e3:.3f} - {row['us_80'] / 1e3:.3f})  "
-        f"{row['images_per_second']:9.0f} images/s  floor {row['floor_us'] / 1e3:.3f} ms",
+        f"{row['images_per_second']:9.0f} images/s  floor {row['floor_us'] / 1e3:.3f} ms"
     )
 
 
@@ -149,11 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         for batch in options.batch_size or batches[phase]
     ]
     for (phase, problem), name in suite.progress(list(itertools.product(problems, chosen))):
-        try:
-            measure(suite, card, problem, phase, name)
-        except Unavailable as error:
-            if options.implementation:  # who names one wants to know
-                suite.add_failure({"phase": phase, "implementation": name}, error)
+        measure(suite, card, problem, phase, name)
     return suite.finish()
 
 

@@ -7,6 +7,7 @@ same suite and the same case (``bench/report.py``).
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -14,24 +15,31 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch._dynamo.exc import TorchDynamoException
 
 from bench.cards import Card
 from bench.measure import Timing, WrongResult, copy_bandwidth, matmul_rate
+
+try:
+    from triton.errors import TritonError
+except ImportError:  # then nothing raises it
+
+    class TritonError(Exception):
+        """Of a kernel that does not compile or does not fit the card."""
 
 
 class Unavailable(Exception):
     """An implementation that cannot run a case here, and why."""
 
 
-# what costs one case its time and leaves the others theirs
-FAILURES = (WrongResult, torch.OutOfMemoryError, TorchDynamoException)
+# what costs one case its time and leaves the others theirs; RuntimeError is what CUDA, its graphs,
+# torch.compile and want of memory raise
+FAILURES = (WrongResult, RuntimeError, TritonError)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -77,7 +85,8 @@ class Suite:
         slug = re.sub(r"[^a-z0-9]+", "-", self.header["card"].lower()).strip("-")
         self.path = options.out / f"{slug}-{self.header['date']}.jsonl"
         self.console = Console(stderr=True)
-        self.wrong = 0
+        self.names_implementations = getattr(options, "implementation", None) is not None
+        self.wrong = self.failed = 0
         if self.on_gpu:
             torch.backends.cudnn.benchmark = True  # what anyone who wants speed sets
         options.out.mkdir(parents=True, exist_ok=True)
@@ -113,29 +122,86 @@ class Suite:
 
     def add(self, row: dict, line: str) -> None:
         """Keep a result and print its line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({**self.header, **row}) + "\n")
+        self._keep(row)
         print(line, flush=True)
 
-    def add_failure(self, case: dict, error: Exception) -> None:
-        """A case without a time, and why. A wrong result also shows in the suite's exit status."""
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, WrongResult):
-            self.wrong += 1
-            reason = f"wrong result: {reason}"
-        elif isinstance(error, torch.OutOfMemoryError):
-            reason = "out of memory"
-        self.add({**case, "no_time": reason}, f"{describe(case)}  NO TIME: {reason}")
+    def _keep(self, row: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({**self.header, **row}) + "\n")
+
+    @contextlib.contextmanager
+    def attempt(self, cases: list[dict]) -> Iterator[None]:
+        """Measure ``cases`` of one implementation within; if that fails, the others go on.
+
+        Args:
+            cases: those without a result so far, which the caller takes out one by one; what is
+                left in a failure is kept with its reason in place of a time
+
+        Raises:
+            SystemExit: the failure took the GPU with it, and nothing can be measured after it
+        """
+        stream = torch.cuda.current_stream(self.device) if self.on_gpu else None
+        try:
+            yield
+        except Unavailable as error:
+            if self.names_implementations:  # who names one wants to know
+                self._add_failure(cases, str(error))
+        except FAILURES as error:
+            reason = reason_of(error)
+            self.wrong += isinstance(error, WrongResult)
+            self.failed += reason.startswith("failed")
+            self._add_failure(cases, reason)
+            if self.on_gpu:
+                self._go_on(stream)
+
+    def _go_on(self, stream: torch.cuda.Stream) -> None:
+        """On ``stream``, for a capture that fails leaves its own in place."""
+        torch.cuda.set_stream(stream)
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            print(
+                f"the GPU cannot be used any more after that ({first_line(error)}): what is "
+                f"missing needs another run; results so far in {self.path}",
+                file=sys.stderr,
+            )
+            raise SystemExit(1) from None
+
+    def _add_failure(self, cases: list[dict], reason: str) -> None:
+        for case in cases:
+            self._keep({**case, "no_time": reason})
+        print(f"{describe(cases)}  NO TIME: {reason}", flush=True)
 
     def finish(self) -> int:
-        """The exit status: 1 if a result was wrong."""
-        print(f"results in {self.path}" + (f"; {self.wrong} wrong" if self.wrong else ""))
-        return 1 if self.wrong else 0
+        """The exit status: 1 if a result was wrong or something failed, but for want of memory."""
+        counts = [f"; {self.wrong} wrong"] if self.wrong else []
+        counts += [f"; {self.failed} failed"] if self.failed else []
+        print(f"results in {self.path}{''.join(counts)}")
+        return 1 if counts else 0
 
 
-def describe(case: dict) -> str:
-    """The values of a case in one line."""
-    return "  ".join(str(value) for value in case.values())
+def reason_of(error: Exception) -> str:
+    """Why there is no time: ``wrong result: ...``, ``out of memory`` or ``failed: ...``, one line.
+
+    Of what went wrong in a CUDA graph's capture, not of the error that ends the capture then.
+    """
+    while isinstance(error.__context__, FAILURES) and not error.__suppress_context__:
+        error = error.__context__
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    kind = "wrong result" if isinstance(error, WrongResult) else "failed"
+    return f"{kind}: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def describe(cases: list[dict]) -> str:
+    """The values of cases in one line, those that differ with a / between."""
+    return ", ".join(
+        "/".join(dict.fromkeys(str(case[field]) for case in cases)) for field in cases[0]
+    )
 
 
 def timed(timing: Timing) -> dict:
