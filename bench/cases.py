@@ -1,15 +1,19 @@
 """The public operations as the network uses them: inputs, calls, work; for ``bench.kernels``."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
 
 from bench import traffic
 from bench.traffic import SIDES, Sizes, Work
-from cifar_resnet_fast import ops
-from cifar_resnet_fast.resnet import STAGE_CHANNELS
+from cifar_resnet_fast import ops, reference
+from cifar_resnet_fast.config import TrainConfig
+from cifar_resnet_fast.loader import CROP_PADDING, draw_epoch
+from cifar_resnet_fast.optimizer import flatten
+from cifar_resnet_fast.resnet import STAGE_CHANNELS, FastResNet
 
 Tensors = dict[str, Tensor]
 
@@ -21,27 +25,33 @@ class Case:
     operation: a key of ``ops.OPERATIONS``
     place: where in the network, for people
     inputs: (batch, dtype, device, generator) to the call's tensors, activations channels-last
-    call: (tensors, implementation) to the result
+    call: (tensors, implementation) to the results by name; of what works in place, these are the
+        tensors that it writes. With a gradient there is one, ``out``
+    works: what the kernels have to move and compute, forward and backward; in one phase, ``call``,
+        where nothing has a gradient
     differentiated: the tensors that have a gradient
-    forward, backward: what the kernels have to move and compute
+    batched: False where neither the batch nor its dtype matters: measured once, in float32
+    others: plain PyTorch's own for the same, by name
     """
 
     operation: str
     place: str
-    inputs: Callable[[int, torch.dtype, torch.device, torch.Generator], Tensors]
-    call: Callable[[Tensors, str], Tensor]
-    differentiated: tuple[str, ...]
-    forward: Callable[[Sizes], Work]
-    backward: Callable[[Sizes], Work]
+    inputs: Callable[[int | None, torch.dtype, torch.device, torch.Generator], Tensors]
+    call: Callable[[Tensors, str], Tensors]
+    works: Mapping[str, Callable[[Sizes], Work]]
+    differentiated: tuple[str, ...] = ()
+    batched: bool = True
+    others: Mapping[str, Callable[[Tensors], Tensors]] = field(default_factory=dict)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """What is timed: forward, backward and both, or call."""
+        return (*self.works, "both") if len(self.works) > 1 else tuple(self.works)
 
     def work(self, phase: str, sizes: Sizes) -> tuple[int, int]:
-        """Bytes and operations of ``phase``: forward, backward or both."""
-        steps = {
-            "forward": (self.forward,),
-            "backward": (self.backward,),
-            "both": (self.forward, self.backward),
-        }[phase]
-        works = [step(sizes) for step in steps]
+        """Bytes and operations of a phase."""
+        names = self.works if phase == "both" else (phase,)
+        works = [self.works[name](sizes) for name in names]
         return sum(w.bytes for w in works), sum(w.flops for w in works)
 
 
@@ -80,7 +90,8 @@ def _unit(C: int, K: int, side: int, stride: int = 1, shortcut: bool = False) ->
         return tensors
 
     def call(tensors, implementation):
-        return ops.conv_bn_relu(**tensors, stride=stride, implementation=implementation)
+        out = ops.conv_bn_relu(**tensors, stride=stride, implementation=implementation)
+        return {"out": out}
 
     of_pictures = C == 3  # which need no gradient
     differentiated = ("weight", "bn_weight", "bn_bias") + (("shortcut",) if shortcut else ())
@@ -92,9 +103,13 @@ def _unit(C: int, K: int, side: int, stride: int = 1, shortcut: bool = False) ->
         place + (", shortcut" if shortcut else ""),
         inputs,
         call,
+        {
+            "forward": lambda s: traffic.unit_forward(s, C, K, side, stride, shortcut),
+            "backward": lambda s: traffic.unit_backward(
+                s, C, K, side, stride, shortcut, dx=not of_pictures
+            ),
+        },
         differentiated if of_pictures else ("x", *differentiated),
-        lambda s: traffic.unit_forward(s, C, K, side, stride, shortcut),
-        lambda s: traffic.unit_backward(s, C, K, side, stride, shortcut, dx=not of_pictures),
     )
 
 
@@ -102,16 +117,20 @@ def _shortcut_a(C: int, K: int, side: int) -> Case:
     def inputs(batch, dtype, device, generator):
         return {"x": _Draw(device, generator).activation(batch, C, side, side, dtype=dtype)}
 
+    def call(tensors, implementation):
+        out = ops.shortcut_a(**tensors, out_channels=K, implementation=implementation)
+        return {"out": out}
+
     return Case(
         "shortcut_a",
         f"{side}x{side}x{C} to {K}",
         inputs,
-        lambda tensors, implementation: ops.shortcut_a(
-            **tensors, out_channels=K, implementation=implementation
-        ),
+        call,
+        {
+            "forward": lambda s: traffic.shortcut_a_forward(s, C, K, side),
+            "backward": lambda s: traffic.shortcut_a_backward(s, C, K, side),
+        },
         ("x",),
-        lambda s: traffic.shortcut_a_forward(s, C, K, side),
-        lambda s: traffic.shortcut_a_backward(s, C, K, side),
     )
 
 
@@ -125,14 +144,97 @@ def _stage_border(C: int, K: int, side: int) -> Case:
             "x": draw.activation(batch, C, side, side, dtype=dtype),
         }
 
+    def call(tensors, implementation):
+        return {"out": ops.stage_border(**tensors, implementation=implementation)}
+
     return Case(
         "stage_border",
         f"{side}x{side}x{C} to {K}",
         inputs,
-        lambda tensors, implementation: ops.stage_border(**tensors, implementation=implementation),
+        call,
+        {
+            "forward": lambda s: traffic.stage_border_forward(s, C, K, side),
+            "backward": lambda s: traffic.stage_border_backward(s, C, K, side),
+        },
         ("y", "scale", "shift", "x"),
-        lambda s: traffic.stage_border_forward(s, C, K, side),
-        lambda s: traffic.stage_border_backward(s, C, K, side),
+    )
+
+
+def _load_batch() -> Case:
+    """An epoch of one batch: each of its pictures is read once."""
+    side = SIDES[0]
+
+    def inputs(batch, dtype, device, generator):
+        shape = (batch, side, side, 3)
+        draws = vars(draw_epoch(generator.initial_seed(), 0, batch)).values()
+        mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+        return {
+            "images": torch.randint(
+                256, shape, dtype=torch.uint8, device=device, generator=generator
+            ),
+            "labels": torch.randint(10, (batch,), device=device, generator=generator),
+            "values": ops.normalized_bytes(mean, std, dtype).to(device),
+            "draws": torch.stack([draw.int() for draw in draws]).to(device),
+            "step": torch.zeros((), dtype=torch.int64, device=device),
+        }
+
+    def call(tensors, implementation):
+        sizes = {"batch_size": len(tensors["images"]), "padding": CROP_PADDING}
+        images, labels = ops.load_batch(**tensors, **sizes, implementation=implementation)
+        return {"images": images, "labels": labels}
+
+    return Case("load_batch", f"{side}x{side}x3", inputs, call, {"call": traffic.loader})
+
+
+def _sgd(depth: int) -> Case:
+    """All parameters of a network, as ``FlatSGD`` has them: the gaps between them are zero."""
+    with torch.device("meta"):
+        parameters = list(FastResNet(depth).parameters())
+    P = flatten(parameters).numel()
+    places = [slice(p.storage_offset(), p.storage_offset() + p.numel()) for p in parameters]
+    recipe = TrainConfig()
+    settings = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+    settings["nesterov"] = recipe.nesterov
+    written = ("parameters", "momenta", "skipped")
+
+    def inputs(batch, dtype, device, generator):
+        draw, held = _Draw(device, generator), torch.zeros(P)
+        for place in places:
+            held[place] = 1
+        held = held.to(device)
+        return {
+            "parameters": 0.1 * draw.vector(P) * held,
+            "gradients": 0.01 * draw.vector(P) * held,
+            "momenta": 0.05 * draw.vector(P) * held,
+            "lr": torch.tensor(0.1, device=device),
+            "loss_scale": torch.tensor(1.0, device=device),
+            "skipped": torch.zeros((), dtype=torch.int32, device=device),
+        }
+
+    def call(tensors, implementation):
+        if implementation == "reference":  # itself, for it takes float64, too
+            reference.sgd(**tensors, decayed=P, **settings)
+        else:
+            ops.sgd(**tensors, decayed=P, **settings, implementation=implementation)
+        return {name: tensors[name] for name in written}
+
+    def torch_optim(tensors):
+        """What torch.optim.SGD(fused=True) calls, parameter by parameter; it has neither a check
+        for gradients that are not finite nor a loss scale."""
+        flats = (tensors[name] for name in ("parameters", "gradients", "momenta"))
+        lists = ([flat[place] for place in places] for flat in flats)
+        torch_sgd(*lists, fused=True, lr=0.1, dampening=0, maximize=False, **settings)
+        return {name: tensors[name] for name in written}
+
+    numbers = sum(p.numel() for p in parameters)
+    return Case(
+        "sgd",
+        f"ResNet-{depth}",
+        inputs,
+        call,
+        {"call": lambda s: traffic.optimizer(s, numbers)},
+        batched=False,
+        others={"torch.optim": torch_optim},
     )
 
 
@@ -148,4 +250,6 @@ CASES = (
     *(_unit(*border, stride=2) for border in _BORDERS),
     *(_shortcut_a(*border) for border in _BORDERS),
     *(_stage_border(*border) for border in _BORDERS),
+    _load_batch(),
+    *(_sgd(depth) for depth in (20, 56)),
 )

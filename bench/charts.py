@@ -11,6 +11,7 @@ _COLOURS = {
     "cuda": "#c8443c",
     "triton": "#e8973a",
     "compile": "#1b6ca8",
+    "torch.optim": "#6fb7b0",
     "compile max-autotune graph": "#1b6ca8",
     "compile graph": "#4a97c9",
     "eager graph": "#6fb7b0",
@@ -29,23 +30,35 @@ def draw_kernels(rows: list[dict], title: str, path: Path) -> None:
     """Microseconds of every kernel of the largest batch, forward and backward side by side.
 
     Args:
-        rows: results of the suite ``kernels`` on one card; of several dtypes the first is drawn
+        rows: results of the suite ``kernels`` on one card. of several dtypes the first with that
+            batch is drawn, and beside it what has no batch
         title: of the chart
         path: of the PNG file
     """
     timed = [row for row in rows if "us" in row]
-    batch, dtype = max(row["batch"] for row in timed), timed[0]["dtype"]
-    timed = [row for row in timed if (row["batch"], row["dtype"]) == (batch, dtype)]
-    labels = list(dict.fromkeys(f"{row['operation']}\n{row['place']}" for row in timed))
+    problems = [(row["batch"], row["dtype"]) for row in timed if row["batch"] is not None]
+    what = "Kernels"
+    if problems:
+        batch, dtype = max(problems, key=lambda problem: problem[0])
+        what = f"Kernels, batch {batch}, {dtype}"
+        timed = [r for r in timed if (r["batch"], r["dtype"]) == (batch, dtype) or not r["batch"]]
+
+    def label(row: dict) -> str:
+        return f"{row['operation']}\n{row['place']}"
+
+    labels = list(dict.fromkeys(label(row) for row in timed))
     names = _names(timed)
     figure = Figure(figsize=(11, 1.2 + 0.55 * len(labels)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, phase in ((left, "forward"), (right, "backward")):
-        of_phase = [row for row in timed if row["phase"] == phase]
-        _bars(axes, of_phase, labels, names, lambda r: f"{r['operation']}\n{r['place']}", 1.0)
-        axes.set_title(phase, loc="left", fontsize=10)
+    panels = {
+        "forward, or all of it where nothing has a gradient": ("forward", "call"),
+        "backward": ("backward",),
+    }
+    all_axes = figure.subplots(1, 2, sharey=True)
+    for axes, (heading, phases) in zip(all_axes, panels.items(), strict=True):
+        _bars(axes, [r for r in timed if r["phase"] in phases], labels, names, label, 1.0)
+        axes.set_title(heading, loc="left", fontsize=10)
         axes.set_xlabel("microseconds")
-    _finish(figure, left, names, f"Kernels, batch {batch}, {dtype}: {title}", path)
+    _finish(figure, all_axes[0], names, f"{what}: {title}", path)
 
 
 def draw_steps(rows: list[dict], title: str, path: Path) -> None:

@@ -1,13 +1,15 @@
 """Every public operation, in every implementation that can run: ``python -m bench.kernels``.
 
-Each operation at each place where the network has it: forward, backward and both; dtypes and batch
-sizes; the package's implementations, plain PyTorch (``eager``: cuDNN where there is a GPU) and the
-same under torch.compile (``compile``). Results are held against float64 before anything is timed.
+Each operation at each place where the network has it: forward, backward and both, or where nothing
+has a gradient the call; dtypes and batch sizes; the package's implementations, plain PyTorch
+(``eager``: cuDNN where there is a GPU), the same under torch.compile (``compile``), and what else
+PyTorch has for it (``torch.optim``: the fused SGD, which does not look for infinite gradients).
+Results are held against float64 before anything is timed.
 """
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,9 +22,8 @@ from bench.traffic import Sizes
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.engine import DTYPES
 
-PHASES = ("forward", "backward", "both")
 EAGER, COMPILE = "eager", "compile"
-Run = Callable[[Tensors], Tensor]
+Run = Callable[[Tensors], Tensors]
 
 
 def runner(case: Case, name: str, suite: Suite) -> Run:
@@ -38,7 +39,11 @@ def runner(case: Case, name: str, suite: Suite) -> Run:
     if name == COMPILE:
         torch._functorch.config.donated_buffer = False  # or a compiled backward runs only once
         return compiled(lambda tensors: case.call(tensors, "reference"))
-    reason = ops.why_not(name, suite.device, case.operation)
+    if name in case.others:
+        return case.others[name]
+    reason = f"{case.operation} has no implementation of that name"
+    if name in ops.IMPLEMENTATIONS:
+        reason = ops.why_not(name, suite.device, case.operation)
     if reason is not None:
         raise Unavailable(reason)
     return lambda tensors: case.call(tensors, name)
@@ -51,13 +56,16 @@ def compiled(run: Run, **options) -> Run:
 
 
 def draw(
-    case: Case, batch: int, dtype: torch.dtype, device: torch.device, seed: int
-) -> tuple[Tensors, Tensor]:
-    """The inputs, those that have a gradient set to require it, and the gradient of the result."""
+    case: Case, batch: int | None, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[Tensors, Tensor | None]:
+    """The inputs, those that have a gradient set to require it, and the gradient of the result,
+    if it has one."""
     generator = torch.Generator(device).manual_seed(seed)
     tensors = case.inputs(batch, dtype, device, generator)
+    if not case.differentiated:
+        return tensors, None
     with torch.no_grad():
-        out = case.call(tensors, "reference")
+        out = case.call(tensors, "reference")["out"]
     dout = torch.randn(out.shape, device=device, generator=generator)
     return _differentiable(case, tensors), dout.to(dtype, memory_format=torch.channels_last)
 
@@ -71,25 +79,28 @@ def _differentiable(case: Case, tensors: Tensors) -> Tensors:
 
 def differentiate(case: Case, run: Run, tensors: Tensors, dout: Tensor) -> tuple[Tensor, Tensors]:
     """The result, and the gradients of ``case.differentiated`` by name."""
-    out = run(tensors)
+    out = run(tensors)["out"]
     gradients = torch.autograd.grad(out, [tensors[name] for name in case.differentiated], dout)
     return out, {f"d{name}": g for name, g in zip(case.differentiated, gradients, strict=True)}
 
 
-def verify(case: Case, run: Run, tensors: Tensors, dout: Tensor) -> None:
+def verify(case: Case, run: Run, tensors: Tensors, dout: Tensor | None) -> None:
     """Raise WrongResult where ``run`` is further from float64 than eager PyTorch may be.
 
-    ``run`` gets copies: the operation updates running statistics.
+    ``run`` gets copies: operations update running statistics, or all they do is in place.
     """
 
-    def results(run: Run, dtype: torch.dtype | None) -> tuple[Tensor, Tensors]:
-        copies = {name: value.detach().clone() for name, value in tensors.items()}
-        if dtype is not None:
-            copies = {name: value.to(dtype) for name, value in copies.items()}
-        gradient = dout if dtype is None else dout.to(dtype)
-        return differentiate(case, run, _differentiable(case, copies), gradient)
+    def results(run: Run, dtype: torch.dtype | None) -> tuple[Tensors, Tensors]:
+        def converted(value: Tensor) -> Tensor:
+            return value if dtype is None or not value.is_floating_point() else value.to(dtype)
 
-    def eager(tensors: Tensors) -> Tensor:
+        copies = {name: converted(value.detach().clone()) for name, value in tensors.items()}
+        if dout is None:
+            return run(copies), {}
+        out, gradients = differentiate(case, run, _differentiable(case, copies), converted(dout))
+        return {"out": out}, gradients
+
+    def eager(tensors: Tensors) -> Tensors:
         return case.call(tensors, "reference")
 
     tf32 = torch.backends.cudnn.allow_tf32
@@ -102,29 +113,31 @@ def verify(case: Case, run: Run, tensors: Tensors, dout: Tensor) -> None:
         )
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
-    check({"out": ours[0]}, {"out": theirs[0]}, {"out": exact[0]}, maximum=True)
+    check(ours[0], theirs[0], exact[0], maximum=True)
     check(ours[1], theirs[1], exact[1], maximum=False)
 
 
 def preparer(
-    case: Case, run: Run, phase: str, batch: int, dtype: torch.dtype, device: torch.device
+    case: Case, run: Run, phase: str, batch: int | None, dtype: torch.dtype, device: torch.device
 ) -> Callable[[int], Call]:
     """For ``time_calls``: the call of ``phase`` on inputs of its own."""
 
     def prepare(copy: int) -> Call:
         tensors, dout = draw(case, batch, dtype, device, seed=copy)
-        if phase == "forward":
+        if phase in ("forward", "call"):
             return lambda: run(tensors)
         if phase == "both":
             return lambda: differentiate(case, run, tensors, dout)
-        out, wanted = run(tensors), [tensors[name] for name in case.differentiated]
+        out, wanted = run(tensors)["out"], [tensors[name] for name in case.differentiated]
         return lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True)
 
     return prepare
 
 
-def measure(suite: Suite, card: Card, case: Case, name: str, batch: int, dtype: str) -> None:
-    """Verify one implementation of a case, then time it forward, backward and both."""
+def measure(
+    suite: Suite, card: Card, case: Case, name: str, batch: int | None, dtype: str
+) -> None:
+    """Verify one implementation of a case, then time its phases."""
     key = {
         "operation": case.operation,
         "place": case.place,
@@ -132,12 +145,12 @@ def measure(suite: Suite, card: Card, case: Case, name: str, batch: int, dtype: 
         "batch": batch,
         "implementation": name,
     }
-    left = [{**key, "phase": phase} for phase in PHASES]
+    left = [{**key, "phase": phase} for phase in case.phases]
     with suite.attempt(left):
         run = runner(case, name, suite)
         verify(case, run, *draw(case, batch, DTYPES[dtype], suite.device, seed=0))
         while left:
-            moved, flops = case.work(left[0]["phase"], Sizes(batch, dtype))
+            moved, flops = case.work(left[0]["phase"], Sizes(batch or 1, dtype))
             timing = time_calls(
                 preparer(case, run, left[0]["phase"], batch, DTYPES[dtype], suite.device),
                 suite.device,
@@ -152,13 +165,24 @@ def measure(suite: Suite, card: Card, case: Case, name: str, batch: int, dtype: 
 def line(row: dict) -> str:
     """A result for people."""
     return (
-        f"{row['operation']:12} {row['place']:26} {row['dtype']} {row['batch']:5} "
+        f"{row['operation']:12} {row['place']:26} {row['dtype']} {row['batch'] or '':5} "
         f"{row['implementation']:9} {row['phase']:8} "
         f"{row['us']:9.1f} us ({row['us_20']:.1f} - {row['us_80']:.1f})  "
         f"{row['gb_s']:7.1f} GB/s, {row['bandwidth_share']:.0%} of a copy  "
         f"{row['tflop_s']:7.2f} TFLOP/s, {row['arithmetic_share']:.0%} of a matrix product  "
         f"floor {row['floor_us']:.1f} us"
     )
+
+
+def problems(
+    cases: Iterable[Case], dtypes: Iterable[str], batches: Iterable[int]
+) -> Iterator[tuple[Case, str, int | None]]:
+    """Each case in each dtype and batch size; where they do not matter, once."""
+    for case in cases:
+        if case.batched:
+            yield from itertools.product((case,), dtypes, batches)
+        else:
+            yield case, "fp32", None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -169,6 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, nargs="+")
     options = parser.parse_args(arguments)
     known = {*ops.IMPLEMENTATIONS, EAGER, COMPILE} - {"reference"}
+    known.update(*(case.others for case in CASES))
     for name in options.implementation or ():
         if name not in known:
             parser.error(f"--implementation must be of {', '.join(sorted(known))}, got {name}")
@@ -183,10 +208,9 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = options.implementation or (known - {COMPILE} if suite.quick else known)
     card = suite.measured_card()
     cases = [c for c in CASES if c.operation in (options.operation or [c.operation])]
-    problems = itertools.product(
-        cases, options.dtype or dtypes, options.batch_size or batches, sorted(wanted)
-    )
-    for case, dtype, batch, name in suite.progress(list(problems)):
+    found = problems(cases, options.dtype or dtypes, options.batch_size or batches)
+    runs = list(itertools.product(found, sorted(wanted)))
+    for (case, dtype, batch), name in suite.progress(runs):
         measure(suite, card, case, name, batch, dtype)
     return suite.finish()
 

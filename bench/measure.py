@@ -157,11 +157,11 @@ def check(
 ) -> None:
     """``ours`` errs at most twice as much as ``eager``, both against ``exact``.
 
-    One rounding of the dtype is always granted: eager may be exact by luck.
+    One rounding of the dtype is always granted: eager may be exact by luck. Integers are equal.
 
     Args:
         ours, eager: results by name, in the dtype that is measured
-        exact: the same in float64
+        exact: the same in float64; integers as they are
         maximum: hold the largest error to it, too, not only the norm. Not for gradients: where a
             ReLU's input is within rounding of 0 its mask is chance, and one such pixel is the
             maximum
@@ -177,11 +177,11 @@ def check(
             )
         if not mine.isfinite().all():
             raise WrongResult(f"{name} must be finite, and is not")
-        rounding = torch.finfo(mine.dtype).eps
+        rounding = torch.finfo(mine.dtype).eps if mine.is_floating_point() else 0.0
         measures = [("norm", _norm)] + ([("maximum", _largest)] if maximum else [])
         for measure, size in measures:
             error = size(mine.double() - truth)
-            allowed = 2 * size(theirs.double() - truth) + rounding * size(truth)
+            allowed = 2 * size(theirs.double() - truth) + rounding * size(truth.double())
             if not error <= allowed:
                 raise WrongResult(
                     f"{name}: {measure} of the error must be at most {allowed:.3g}, twice "

@@ -7,6 +7,7 @@ at the end, which is called one.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -81,7 +82,6 @@ def card_lines(rows: list[Row]) -> list[str]:
 
 def kernel_lines(rows: list[Row]) -> list[str]:
     """One table for each dtype and batch size: a row a case, a column an implementation."""
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
     lines = ["Microseconds, median (20 % - 80 % quantile). The floor is the slower of traffic and"]
     lines += [
         "arithmetic at the measured limits; the share is the floor's of the fastest time.",
@@ -93,14 +93,17 @@ def kernel_lines(rows: list[Row]) -> list[str]:
             if (row["dtype"], row["batch"]) == (dtype, batch) and "us" in row:
                 case = (row["operation"], row["place"], row["phase"])
                 cases.setdefault(case, {})[row["implementation"]] = row
+        if not cases:
+            continue
+        names = list(dict.fromkeys(itertools.chain(*cases.values())))
         body = []
         for (operation, place, phase), times in cases.items():
             best = min(times.values(), key=lambda row: row["us"])
             cells = [spread(times[name], 1, 1) if name in times else "" for name in names]
             floor = [f"{best['floor_us']:.1f}", *cells, f"{best['floor_us'] / best['us']:.0%}"]
             body.append([f"{operation} {place}, {phase}", *floor])
-        lines += [f"#### {dtype}, batch {batch}", ""]
-        lines += [*table([f"{dtype}, batch {batch}", "floor", *names, "share"], body), ""]
+        of = f"{dtype}, " + ("no batch" if batch is None else f"batch {batch}")
+        lines += [f"#### {of}", "", *table([of, "floor", *names, "share"], body), ""]
     return lines
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from bench import report
+from bench import charts, report
 from bench.cases import CASES
 
 HEADER = {
@@ -32,11 +32,10 @@ def made_up():
     rows = [{"suite": "card", **rates}]
     names = ("cuda", "triton", "eager", "compile")
     for i, case in enumerate(CASES):
-        for (j, phase), (k, name) in itertools.product(
-            enumerate(("forward", "backward", "both")), enumerate(names)
-        ):
-            key = {"operation": case.operation, "place": case.place, "dtype": "fp16"}
-            key |= {"batch": 1024, "implementation": name}
+        for (j, phase), (k, name) in itertools.product(enumerate(case.phases), enumerate(names)):
+            key = {"operation": case.operation, "place": case.place, "implementation": name}
+            dtype, batch = ("fp16", 1024) if case.batched else ("fp32", None)
+            key |= {"dtype": dtype, "batch": batch}
             if (i, name) == (0, "cuda"):
                 reason = "wrong result: dx: norm of the error"
                 rows.append({"suite": "kernels", **key, "phase": phase, "no_time": reason})
@@ -86,6 +85,11 @@ def test_report_has_the_numbers(results, tmp_path, capsys):
     times = [f"{t:.1f} ({0.96 * t:.1f} - {1.09 * t:.1f})" for t in (27.6, 59.8, 121.9, 78.2)]
     line = next(line for line in text.splitlines() if line.startswith(case))
     assert {cell.strip() for cell in line.split("|")} == {"", *times, "23.0", "83%", case[2:-10]}
+    # SGD has no batch, so a table of its own, and one phase
+    i = next(i for i, case in enumerate(CASES) if case.operation == "sgd")
+    _, own = text.split("#### fp32, no batch")
+    assert f"| sgd {CASES[i].place}, call | {20 + 3 * i:.1f} | " in own
+    assert "| conv_bn_relu" not in own
     # ResNet-56: 90 ms against 4.125, floor 2.912
     assert "| cuda | 4.125 (3.960 - 4.496) | 248,242 | 21.8x | 71% | 4,321 |" in text
     case = "conv_bn_relu, 32x32x3 to 16, fp16, 1024, forward/backward/both, cuda"
@@ -118,6 +122,26 @@ def test_charts_render(results, tmp_path):
         colours, counts = np.unique(red << 16 | green << 8 | blue, return_counts=True)
         coloured = (colours != 0xFFFFFF) & (colours != 0)
         assert (coloured & (counts > red.size / 2000)).sum() >= implementations
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        lambda row: row["operation"] == "sgd",
+        lambda row: row["operation"] == "stage_border" and row["phase"] == "backward",
+        lambda row: (row["dtype"], row["batch"]) in (("fp16", 128), ("bf16", 1024)),
+    ],
+    ids=["no batch", "one phase", "the largest batch in the second dtype"],
+)
+def test_charts_of_a_part_render(chosen, tmp_path):
+    """What flags of the suite leave out must not be there."""
+    rows = [row for row in made_up() if row["suite"] == "kernels"]
+    rows += [
+        {**r, "dtype": d, "batch": b} for r in rows for d, b in (("fp16", 128), ("bf16", 1024))
+    ]
+    rows = [row for row in rows if "us" in row and chosen(row)]
+    charts.draw_kernels(rows, "a part", tmp_path / "part.png")
+    assert imread(tmp_path / "part.png")[..., :3].min() < 0.5
 
 
 def test_the_last_result_of_a_case_counts(results):
