@@ -20,6 +20,14 @@ from cifar_resnet_fast.engine import DTYPES
 from cifar_resnet_fast.resnet import STAGE_CHANNELS
 
 SIDES = (32, 16, 8)  # pixels a row, of the three stages
+CONVOLUTIONS = (  # of the family: C, K, pixels a row of the input, stride
+    (3, 16, 32, 1),
+    (16, 16, 32, 1),
+    (16, 32, 32, 2),
+    (32, 32, 16, 1),
+    (32, 64, 16, 2),
+    (64, 64, 8, 1),
+)
 PADDED_CHANNELS = 4  # of a picture as the loader writes it
 IN_CACHE = ("weight", "dweight")  # small, one set for the whole batch
 

@@ -22,6 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.traffic import CONVOLUTIONS
+from cifar_resnet_fast.engine import DTYPES
 from cifar_resnet_fast.kernels import bn, launch
 from cifar_resnet_fast.kernels.augment import load_batch
 from cifar_resnet_fast.kernels.conv3x3_bwd import conv3x3_bwd
@@ -29,11 +31,9 @@ from cifar_resnet_fast.kernels.conv3x3_fwd import conv3x3_fwd
 from cifar_resnet_fast.kernels.sgd import sgd
 from cifar_resnet_fast.kernels.shortcut_a import shortcut_a_bwd, shortcut_a_fwd
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
-BATCH, STAGES = 1024, ((3, 16, 32, 1), (16, 16, 32, 1), (16, 32, 32, 2), (32, 32, 16, 1))
-STAGES += ((32, 64, 16, 2), (64, 64, 8, 1))  # C, K, H = W, stride: the family's convolutions
+BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class Resources:
         return self.spills == 0 and self.stack == 0 and self.blocks_per_sm > 0
 
 
-def launch_everything(dtype: torch.dtype, stages=STAGES) -> None:
+def launch_everything(dtype: torch.dtype, convolutions=CONVOLUTIONS) -> None:
     """Call every launcher on meta tensors, in every form that the package uses."""
 
     def empty(*shape, dtype=torch.float32):
         t = torch.empty(shape, dtype=dtype, device="meta")
         return t.to(memory_format=torch.channels_last) if t.dim() == 4 else t
 
-    for C, K, H, stride in stages:
+    for C, K, H, stride in convolutions:
         x = empty(BATCH, C, H, H, dtype=dtype)
         weight, dweight = empty(K, C, 3, 3, dtype=dtype), empty(K, C, 3, 3)
         vectors = [empty(K) for _ in range(4)]
@@ -216,7 +216,7 @@ def read_resources(compiled, arch: int) -> dict[str, int]:
     }
 
 
-def kernel_resources(arch: int, dtype: str, stages=STAGES) -> Iterator[Resources]:
+def kernel_resources(arch: int, dtype: str, convolutions=CONVOLUTIONS) -> Iterator[Resources]:
     """Resources of every kernel that the family's network launches in ``dtype`` on ``arch``."""
     launches = {}
 
@@ -233,7 +233,7 @@ def kernel_resources(arch: int, dtype: str, stages=STAGES) -> Iterator[Resources
         launches.setdefault((name, *sizes, flags), (kernel, arguments))
 
     with compiling_for(arch, record):
-        launch_everything(DTYPES[dtype], stages)
+        launch_everything(DTYPES[dtype], convolutions)
     for (name, C, K, flags), (kernel, arguments) in launches.items():
         compiled = compile_kernel(kernel, arguments, arch)
         yield Resources(name, C, K, dtype, arch, flags, **read_resources(compiled, arch))
@@ -256,7 +256,9 @@ OPTIONAL = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.triton_report", description=__doc__.split(":")[0]
+    )
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     options = parser.parse_args()

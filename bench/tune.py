@@ -17,6 +17,8 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from bench.traffic import CONVOLUTIONS
+from cifar_resnet_fast.engine import DTYPES
 from cifar_resnet_fast.kernels import bn, launch
 from cifar_resnet_fast.kernels.conv3x3_bwd import conv3x3_bwd
 from cifar_resnet_fast.kernels.conv3x3_dgrad import conv3x3_dgrad
@@ -25,16 +27,6 @@ from cifar_resnet_fast.kernels.conv3x3_wgrad import conv3x3_wgrad
 from cifar_resnet_fast.kernels.launch import Config
 from cifar_resnet_fast.ops import why_not
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# C, K, H = W, stride: the family's convolutions
-LAYERS = (
-    (3, 16, 32, 1),
-    (16, 16, 32, 1),
-    (16, 32, 32, 2),
-    (32, 32, 16, 1),
-    (32, 64, 16, 2),
-    (64, 64, 8, 1),
-)
 SETTINGS = {
     "block_p": (16, 32, 64, 128, 256),
     "num_warps": (1, 2, 4, 8),
@@ -188,10 +180,15 @@ def print_row(key: tuple, config: Config, note: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune", description=__doc__.split(":")[0]
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=1024)
     options = parser.parse_args()
+    batch = options.batch_size
+    if batch < 1:
+        parser.error(f"--batch-size must be at least 1, got {batch}")
     reason = "no GPU is visible"
     if torch.cuda.is_available():
         reason = why_not("triton", torch.device("cuda"), "conv_bn_relu")
@@ -201,12 +198,12 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     capability = launch.capability(device)
     print(
-        f"    # {torch.cuda.get_device_name()}, torch {torch.__version__}, batch {options.batch}, "
+        f"    # {torch.cuda.get_device_name()}, torch {torch.__version__}, batch {batch}, "
         f"{datetime.date.today()}; microseconds"
     )
-    for name, (C, K, H, stride) in itertools.product(options.dtype, LAYERS):
+    for name, (C, K, H, stride) in itertools.product(options.dtype, CONVOLUTIONS):
         dtype, times = DTYPES[name], {}
-        for operation, (c, k, call) in problems(C, K, H, stride, options.batch, dtype).items():
+        for operation, (c, k, call) in problems(C, K, H, stride, batch, dtype).items():
             key = (operation, c, k, dtype, capability)
             config, times[operation] = tune(operation, key, call, dtype)
             if operation != "conv3x3_bwd":

@@ -50,6 +50,14 @@ def test_says_what_it_needs():
     assert done.stderr == "bench.tune needs a CUDA GPU that runs Triton: no GPU is visible\n"
 
 
+def test_bad_input(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tune", "--batch-size", "0"])
+    with pytest.raises(SystemExit) as stop:
+        tune.main()
+    assert stop.value.code == 2
+    assert "--batch-size must be at least 1, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_tuned_kernels_are_right(monkeypatch):
     monkeypatch.setattr(launch, "TABLE", {})
