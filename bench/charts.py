@@ -11,7 +11,6 @@ _COLOURS = {
     "cuda": "#c8443c",
     "triton": "#e8973a",
     "compile": "#1b6ca8",
-    "torch.optim": "#6fb7b0",
     "compile max-autotune graph": "#1b6ca8",
     "compile graph": "#4a97c9",
     "eager graph": "#6fb7b0",
@@ -30,61 +29,54 @@ def draw_kernels(rows: list[dict], title: str, path: Path) -> None:
     """Microseconds of every kernel of the largest batch, forward and backward side by side.
 
     Args:
-        rows: results of the suite ``kernels`` on one card. of several dtypes the first with that
-            batch is drawn, and beside it what has no batch
+        rows: times of the suite ``kernels`` on one card, all with a batch size. of several dtypes
+            the first with the largest is drawn. what has no gradient stands under forward
         title: of the chart
         path: of the PNG file
     """
-    timed = [row for row in rows if "us" in row]
-    problems = [(row["batch"], row["dtype"]) for row in timed if row["batch"] is not None]
-    what = "Kernels"
-    if problems:
-        batch, dtype = max(problems, key=lambda problem: problem[0])
-        what = f"Kernels, batch {batch}, {dtype}"
-        timed = [r for r in timed if (r["batch"], r["dtype"]) == (batch, dtype) or not r["batch"]]
+    batch, dtype = max(((r["batch"], r["dtype"]) for r in rows), key=lambda problem: problem[0])
+    rows = [row for row in rows if (row["batch"], row["dtype"]) == (batch, dtype)]
 
     def label(row: dict) -> str:
         return f"{row['operation']}\n{row['place']}"
 
-    labels = list(dict.fromkeys(label(row) for row in timed))
-    names = _names(timed)
+    labels = list(dict.fromkeys(label(row) for row in rows))
+    names = _names(rows)
     figure = Figure(figsize=(11, 1.2 + 0.55 * len(labels)), layout="constrained")
-    panels = {
-        "forward, or all of it where nothing has a gradient": ("forward", "call"),
-        "backward": ("backward",),
-    }
-    all_axes = figure.subplots(1, 2, sharey=True)
-    for axes, (heading, phases) in zip(all_axes, panels.items(), strict=True):
-        _bars(axes, [r for r in timed if r["phase"] in phases], labels, names, label, 1.0)
-        axes.set_title(heading, loc="left", fontsize=10)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, title_of, phases in (
+        (left, "forward", ("forward", "call")),
+        (right, "backward", ("backward",)),
+    ):
+        _bars(axes, [r for r in rows if r["phase"] in phases], labels, names, label, 1.0)
+        axes.set_title(title_of, loc="left", fontsize=10)
         axes.set_xlabel("microseconds")
-    _finish(figure, all_axes[0], names, f"{what}: {title}", path)
+    _finish(figure, left, names, f"Kernels, batch {batch}, {dtype}: {title}", path)
 
 
 def draw_steps(rows: list[dict], title: str, path: Path) -> None:
     """Milliseconds of a training step and of inference, for every network at its largest batch.
 
     Args:
-        rows: results of the suite ``step`` on one card
+        rows: times of the suite ``step`` on one card
         title: of the chart
         path: of the PNG file
     """
-    timed = [row for row in rows if "us" in row]
     largest = {}
-    for row in timed:
+    for row in rows:
         largest[row["phase"]] = max(largest.get(row["phase"], 0), row["batch"])
-    timed = [row for row in timed if row["batch"] == largest[row["phase"]]]
+    rows = [row for row in rows if row["batch"] == largest[row["phase"]]]
 
     def label(row: dict) -> str:
         return f"ResNet-{row['depth']}\n{row['dtype']}"
 
-    labels = list(dict.fromkeys(label(row) for row in timed))
-    names = _names(timed)
+    labels = list(dict.fromkeys(label(row) for row in rows))
+    names = _names(rows)
     height = 1.2 + 0.25 * len(labels) * max(len(names), 2)
     figure = Figure(figsize=(11, height), layout="constrained")
     panels = figure.subplots(1, len(largest), sharey=True, squeeze=False)[0]
     for axes, (phase, batch) in zip(panels, largest.items(), strict=True):
-        _bars(axes, [r for r in timed if r["phase"] == phase], labels, names, label, 1e-3)
+        _bars(axes, [r for r in rows if r["phase"] == phase], labels, names, label, 1e-3)
         axes.set_title(f"{phase}, batch {batch}", loc="left", fontsize=10)
         axes.set_xlabel("milliseconds")
     _finish(figure, panels[0], names, f"Whole network: {title}", path)
@@ -101,13 +93,14 @@ def _bars(axes, rows: list[dict], labels: list[str], names: list[str], label, un
     """A group of bars for each label, a bar for each implementation, times in ``unit`` us."""
     thickness = 0.84 / len(names)
     for row in rows:
-        number = names.index(row["implementation"])
-        y = labels.index(label(row)) + (number - (len(names) - 1) / 2) * thickness
+        place = names.index(row["implementation"])
+        y = labels.index(label(row)) + (place - (len(names) - 1) / 2) * thickness
         time, low, high = (row[name] * unit for name in ("us", "us_20", "us_80"))
         colour = _COLOURS.get(row["implementation"], _OTHERS)
         axes.barh(y, time, thickness * 0.9, color=colour, label=row["implementation"])
         axes.plot([low, high], [y, y], color="black", linewidth=0.7)
-        axes.text(high, y, f" {time:.3g}", va="center", fontsize=6)
+        number = f"{time:.3g}" if time < 1000 else f"{time:,.0f}"
+        axes.text(high, y, f" {number}", va="center", fontsize=6)
         floor = row["floor_us"] * unit
         axes.plot([floor, floor], [y - thickness / 2, y + thickness / 2], color="black", lw=1.6)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)

@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
             }
             suite.add(
                 row,
-                f"{name:12} {dtype} {batch:5}  {row['us']:9.1f} us a batch ({row['us_20']:.1f} - "
+                f"{name:18} {dtype} {batch:5}  {row['us']:9.1f} us a batch ({row['us_20']:.1f} - "
                 f"{row['us_80']:.1f})  {row['images_per_second']:10.0f} images/s  "
                 f"floor {row['floor_us']:.1f} us",
             )

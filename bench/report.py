@@ -1,6 +1,6 @@
 """Tables and charts from stored results: ``python -m bench.report [FILE ...]``.
 
-Reads JSON-lines files that the suites wrote (by default all in ``bench/results``) and writes
+Reads JSON-lines files that the suites wrote (by default all in the folder ``--out``) and writes
 report.md and PNG charts into that folder. Of several results of one case on one card and date the
 last counts. Nothing is measured here, and no number is from anywhere else, but for the prediction
 at the end, which is called one.
@@ -15,13 +15,13 @@ from statistics import mean, stdev
 
 from bench import charts, roofline
 from bench.cards import CARDS
-from bench.suite import RESULTS, describe
+from bench.suite import RESULTS, describe, describe_limits
 
 Row = dict
 RESULT_FIELDS = ("us", "no_time", "seconds", "copy_gb_s")  # a row has one of these
 # the fields that tell a suite's cases from each other
 CASES = {
-    "card": (),
+    "card": ("measured_by",),
     "kernels": ("operation", "place", "dtype", "batch", "phase", "implementation"),
     "step": ("phase", "depth", "dtype", "batch", "implementation"),
     "loader": ("dtype", "batch", "implementation"),
@@ -61,30 +61,29 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def spread(row: Row, unit: float, digits: int) -> str:
-    """Median and quantiles, of microseconds over ``unit``; or that there is none."""
-    if "no_time" in row:
-        return "none"
+    """Median and quantiles, of microseconds over ``unit``."""
     low, middle, high = (row[name] / unit for name in ("us_20", "us", "us_80"))
     return f"{middle:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
 
 
 def card_lines(rows: list[Row]) -> list[str]:
+    """What the card reaches, as each suite measured it before anything else."""
     lines = [
-        f"Measured limits: copy {row['copy_gb_s']:.4g} GB/s; PyTorch's matrix product "
-        f"{row['fp16_tflop_s']:.4g} TFLOP/s in 16 bits, {row['fp32_tflop_s']:.4g} in float32. "
-        "Floors and shares are of these."
-        for row in rows
+        "What the card reaches. A suite's floors and shares are of what it measured itself.",
+        "",
     ]
-    if rows and rows[0]["card"].startswith("CPU"):
-        lines.append("On a CPU the sizes are tiny and stay in its caches, so a floor is none.")
+    lines += [f"* {row['measured_by']}: {describe_limits(row)}" for row in rows]
+    if rows[0]["card"].startswith("CPU"):
+        lines += ["", "On a CPU the sizes are tiny and stay in its caches, so a floor is none."]
     return lines
 
 
 def kernel_lines(rows: list[Row]) -> list[str]:
     """One table for each dtype and batch size: a row a case, a column an implementation."""
-    lines = ["Microseconds, median (20 % - 80 % quantile). The floor is the slower of traffic and"]
-    lines += [
-        "arithmetic at the measured limits; the share is the floor's of the fastest time.",
+    lines = [
+        "Microseconds, median (20 % - 80 % quantile). The floor is the slower of traffic and",
+        "arithmetic at the measured limits; the share is the floor's of the fastest time. In fp32",
+        "PyTorch's convolutions may use TF32 on a GPU, its default; the package's do not.",
         "",
     ]
     for dtype, batch in dict.fromkeys((row["dtype"], row["batch"]) for row in rows):
@@ -109,7 +108,11 @@ def kernel_lines(rows: list[Row]) -> list[str]:
 
 def step_lines(rows: list[Row]) -> list[str]:
     """One table for each phase, network, dtype and batch size."""
-    lines = ["The floor is launch after launch, each at the slower of traffic and arithmetic."]
+    lines = [
+        "The floor is launch after launch, each at the slower of traffic and arithmetic. The",
+        "package's training step (auto, and its implementations by name) also makes its batch;",
+        "plain PyTorch's is given one.",
+    ]
     problems = dict.fromkeys((r["phase"], r["depth"], r["dtype"], r["batch"]) for r in rows)
     for problem in problems:
         same = [r for r in rows if (r["phase"], r["depth"], r["dtype"], r["batch"]) == problem]
@@ -129,7 +132,7 @@ def step_lines(rows: list[Row]) -> list[str]:
         ]
         floor = f", floor {timed[0]['floor_us'] / 1e3:.3f} ms" if timed else ""
         lines += ["", f"#### ResNet-{depth}, {phase}, {dtype}, batch {batch}{floor}", ""]
-        head = ["", "ms (20 % - 80 %)", "images/s", "against the slowest", "share of floor"]
+        head = ["", "ms (20 % - 80 %)", "images/s", "against the slowest", "floor / time"]
         lines += table([*head, "peak MiB"], body)
     return [*lines, ""]
 
@@ -227,9 +230,10 @@ def report(rows: list[Row], folder: Path) -> str:
             if not of_suite:
                 continue
             lines += [f"### {title}", ""] if title else []
-            if suite in CHARTS and any("us" in row for row in of_suite):
+            drawn = [row for row in of_suite if "us" in row and row["batch"] is not None]
+            if suite in CHARTS and drawn:
                 name = charts.file_name(suite, card, date)
-                CHARTS[suite](of_suite, f"{card}, {date}", folder / name)
+                CHARTS[suite](drawn, f"{card}, {date}", folder / name)
                 lines += [f"![{title}]({name})", ""]
             lines += [*make(of_suite), *failure_lines(of_suite), ""]
     return "\n".join([*lines, *prediction_lines()]).replace("\n\n\n", "\n\n")
@@ -248,13 +252,14 @@ def _header_lines(rows: list[Row]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("files", nargs="*", type=Path, help="default: bench/results/*.jsonl")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of report.md and charts")
+    description = __doc__.partition("\n\n")[2].replace("``", "")
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=description)
+    parser.add_argument("files", nargs="*", type=Path, help="default: *.jsonl in --out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
     options = parser.parse_args(arguments)
-    paths = options.files or sorted(RESULTS.glob("*.jsonl"))
+    paths = options.files or sorted(options.out.glob("*.jsonl"))
     if not paths:
-        parser.error(f"no results in {RESULTS}: python -m bench.step measures some")
+        parser.error(f"no results in {options.out}: python -m bench.step measures some")
     try:
         rows = read_results(paths)
         options.out.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def flags(suite: str, description: str) -> argparse.ArgumentParser:
     """A parser with the flags that all suites have."""
-    parser = argparse.ArgumentParser(prog=f"python -m bench.{suite}", description=description)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.{suite}", description=description.replace("``", "")
+    )
     parser.add_argument(
         "--device",
         choices=("cuda", "cpu"),
@@ -90,24 +92,21 @@ class Suite:
         if self.on_gpu:
             torch.backends.cudnn.benchmark = True  # what anyone who wants speed sets
         options.out.mkdir(parents=True, exist_ok=True)
-        print("  ".join(f"{key} {value}" for key, value in self.header.items()))
+        print("  ".join(f"{key} {value}" for key, value in self.header.items() if value))
 
     def measured_card(self) -> Card:
         """What this card reaches: a large copy, and PyTorch's own matrix product. Kept, too."""
-        copied, side = (2**30, 8192) if self.on_gpu else (2**26, 512)
+        copied, side = (2**30, 8192) if self.on_gpu else (2**26, 256)
         bandwidth = copy_bandwidth(self.device, copied, self.seconds)
-        fp32 = matmul_rate(self.device, torch.float32, side, self.seconds)
-        tensor = (
-            matmul_rate(self.device, torch.float16, side, self.seconds) if self.on_gpu else fp32
+        tensor, fp32 = (
+            matmul_rate(self.device, dtype, side, self.seconds)
+            for dtype in (torch.float16, torch.float32)
         )
-        rates = {"copy_gb_s": bandwidth / 1e9, "fp16_tflop_s": tensor / 1e12}
-        rates["fp32_tflop_s"] = fp32 / 1e12
-        rates = {name: round(value, 3) for name, value in rates.items()}
-        self.add(
-            {"suite": "card", **rates},
-            f"measured: copy {rates['copy_gb_s']:.4g} GB/s, matrix product "
-            f"{rates['fp16_tflop_s']:.4g} TFLOP/s in 16 bits, {rates['fp32_tflop_s']:.4g} in fp32",
-        )
+        limits = {"copy_gb_s": bandwidth / 1e9, "fp16_tflop_s": tensor / 1e12}
+        limits["fp32_tflop_s"] = fp32 / 1e12
+        limits = {name: float(f"{value:.4g}") for name, value in limits.items()}
+        row = {"suite": "card", "measured_by": self.header["suite"], **limits}
+        self.add(row, f"measured: {describe_limits(row)}")
         return Card(self.header["card"], bandwidth, tensor, fp32, None, "measured")
 
     def progress(self, cases: list) -> Iterable:
@@ -199,8 +198,15 @@ def first_line(error: Exception) -> str:
 
 def describe(cases: list[dict]) -> str:
     """The values of cases in one line, those that differ with a / between."""
-    return ", ".join(
-        "/".join(dict.fromkeys(str(case[field]) for case in cases)) for field in cases[0]
+    fields = [field for field in cases[0] if cases[0][field] is not None]
+    return ", ".join("/".join(dict.fromkeys(str(c[field]) for c in cases)) for field in fields)
+
+
+def describe_limits(row: dict) -> str:
+    """What a card reaches, in one line."""
+    return (
+        f"copy {row['copy_gb_s']:g} GB/s, PyTorch's matrix product {row['fp16_tflop_s']:g} "
+        f"TFLOP/s in float16, {row['fp32_tflop_s']:g} in float32"
     )
 
 
@@ -258,7 +264,8 @@ def _cpu_name() -> str:
     except OSError:
         model = None
     name = model[1] if model else platform.machine()
-    return f"CPU {name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU {name}, {threads} thread" + ("s" if threads > 1 else "")
 
 
 def _version(package: str) -> str | None:

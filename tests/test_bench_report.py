@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from bench import charts, report
+from bench import report
 from bench.cases import CASES
 
 HEADER = {
@@ -29,7 +29,10 @@ def timing(us):
 def made_up():
     """Rows as the suites write them, with a failure and with three seeds of a training."""
     rates = {"copy_gb_s": 3000.0, "fp16_tflop_s": 600.0, "fp32_tflop_s": 50.0}
-    rows = [{"suite": "card", **rates}]
+    rows = [
+        {"suite": "card", "measured_by": "kernels", **rates},
+        {"suite": "card", "measured_by": "step", **rates, "copy_gb_s": 2990.0},
+    ]
     names = ("cuda", "triton", "eager", "compile")
     for i, case in enumerate(CASES):
         for (j, phase), (k, name) in itertools.product(enumerate(case.phases), enumerate(names)):
@@ -79,7 +82,8 @@ def test_report_has_the_numbers(results, tmp_path, capsys):
     assert str(tmp_path / "out" / "report.md") in capsys.readouterr().out
     assert "## Test Card 9000, 2026-01-02" in text
     assert "driver 1.2; torch 2.11.0; triton 3.6.0; python 3.12.1; commit 0123456789." in text
-    assert "copy 3000 GB/s" in text
+    assert "* kernels: copy 3000 GB/s, PyTorch's matrix product 600 TFLOP/s in float16" in text
+    assert "* step: copy 2990 GB/s" in text
     # the second case of CASES forward, floor 23: cuda 1.2, triton 2.6, eager 5.3, compile 3.4
     case = f"| {CASES[1].operation} {CASES[1].place}, forward | 23.0 | "
     times = [f"{t:.1f} ({0.96 * t:.1f} - {1.09 * t:.1f})" for t in (27.6, 59.8, 121.9, 78.2)]
@@ -125,23 +129,24 @@ def test_charts_render(results, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "chosen",
+    ("chosen", "charts"),
     [
-        lambda row: row["operation"] == "sgd",
-        lambda row: row["operation"] == "stage_border" and row["phase"] == "backward",
-        lambda row: (row["dtype"], row["batch"]) in (("fp16", 128), ("bf16", 1024)),
+        (lambda row: row["operation"] == "sgd", 0),
+        (lambda row: row["operation"] == "stage_border" and row["phase"] == "backward", 1),
+        (lambda row: (row["dtype"], row["batch"]) in (("fp16", 128), ("bf16", 1024)), 1),
     ],
     ids=["no batch", "one phase", "the largest batch in the second dtype"],
 )
-def test_charts_of_a_part_render(chosen, tmp_path):
+def test_a_part_of_the_suite_renders(chosen, charts, tmp_path):
     """What flags of the suite leave out must not be there."""
     rows = [row for row in made_up() if row["suite"] == "kernels"]
-    rows += [
-        {**r, "dtype": d, "batch": b} for r in rows for d, b in (("fp16", 128), ("bf16", 1024))
-    ]
+    others = (("fp16", 128), ("bf16", 1024))
+    batched = [row for row in rows if row["batch"]]
+    rows += [{**row, "dtype": dtype, "batch": n} for row in batched for dtype, n in others]
     rows = [row for row in rows if "us" in row and chosen(row)]
-    charts.draw_kernels(rows, "a part", tmp_path / "part.png")
-    assert imread(tmp_path / "part.png")[..., :3].min() < 0.5
+    text = report.report(rows, tmp_path)
+    assert text.count("| share |") == len({(row["dtype"], row["batch"]) for row in rows})
+    assert text.count("![Kernels]") == len(list(tmp_path.glob("kernels-*.png"))) == charts
 
 
 def test_the_last_result_of_a_case_counts(results):
@@ -166,9 +171,12 @@ def test_a_damaged_line_is_named(line, results, capsys):
     assert f"{results}, line {number}: " in capsys.readouterr().err
 
 
-def test_nothing_to_report(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_the_results_are_those_in_the_reports_folder(results, capsys):
+    """So one --out serves suites and report; where there are none, one line says so."""
+    assert report.main(["--out", str(results.parent)]) == 0
+    assert (results.parent / "report.md").exists()
+    results.unlink()
     with pytest.raises(SystemExit) as stop:
-        report.main([])
+        report.main(["--out", str(results.parent)])
     assert stop.value.code == 2
-    assert "no results in" in capsys.readouterr().err
+    assert f"no results in {results.parent}: " in capsys.readouterr().err
