@@ -118,6 +118,45 @@ def test_a_network_or_loader_that_fails_is_a_row(error, reason, tmp_path, monkey
     assert [row.get("no_time") for row in rows] == [reason, None, reason, None]
 
 
+def test_a_step_that_no_graph_can_hold_is_a_row(tmp_path, monkeypatch):
+    """The engine would go on without, slowly; here that is no result."""
+
+    def capture(function, warm_up):
+        raise CAPTURE
+
+    monkeypatch.setattr(networks, "capture_for", lambda device: capture)
+    arguments = ["--device", "cpu", "--phase", "training", "--implementation", "auto"]
+    assert step.main([*arguments, "--out", str(tmp_path)]) == 1
+    reason = rows_of(tmp_path)[-1]["no_time"]
+    assert reason.startswith("failed: the step cannot be captured: CUDA error: not permitted")
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_a_gpu_that_measures(tmp_path, monkeypatch):
+    """The first case asks for a value in its capture; the second has its times from graphs."""
+    first, second = (case for case in CASES if case.operation == "shortcut_a")
+    runner = kernels.runner
+
+    def asking(case, name, suite):
+        run = runner(case, name, suite)
+
+        def ask(tensors):
+            results = run(tensors)
+            if case is first and torch.cuda.is_current_stream_capturing():
+                results["out"].sum().item()
+            return results
+
+        return ask
+
+    monkeypatch.setattr(kernels, "runner", asking)
+    arguments = "--quick --operation shortcut_a --implementation eager --out".split()
+    assert kernels.main([*arguments, str(tmp_path)]) == 1
+    rows = [row for row in rows_of(tmp_path) if row["suite"] == "kernels"]
+    assert [row["place"] for row in rows] == 3 * [first.place] + 3 * [second.place]
+    assert all(row["no_time"].startswith("failed: ") for row in rows[:3])
+    assert all(row["method"] == "graph" for row in rows[3:])
+
+
 def test_the_reason_is_what_went_wrong_within_a_capture():
     """Ending a capture that failed raises once more, and says less."""
 
