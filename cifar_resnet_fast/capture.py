@@ -41,8 +41,12 @@ class CudaGraphs:
                 warm_up()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        # a capture that fails leaves its stream the current one: the outer context undoes that.
         # thread_local: other threads, such as NCCL's, may go on calling CUDA
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             function()
         self._pool = graph.pool()
         return graph.replay

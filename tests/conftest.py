@@ -9,6 +9,9 @@ import emulation
 import pytest
 import torch
 
+from cifar_resnet_fast import ops
+from cifar_resnet_fast.ops import choice, trunk_cuda
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
@@ -24,6 +27,33 @@ def kernels():
     if emulation.compiler() is None:
         pytest.skip("needs a C++ compiler")
     return emulation.load()
+
+
+@pytest.fixture
+def kernels_run(device, monkeypatch):
+    """A function that makes the trunk's kernels of an implementation run here, by name.
+
+    Without a GPU the CUDA ones run in the emulation, in two blocks, the Triton ones interpreted.
+    """
+
+    def prepare(implementation: str) -> None:
+        if implementation == "triton":
+            pytest.importorskip("triton")
+        elif device.type == "cuda":
+            reason = ops.why_not("cuda", device, "trunk")
+            if reason is not None:
+                pytest.skip(reason)
+        else:
+            if ops.WHY_NOT_LOADED["_C"] is not None:
+                pytest.skip(ops.WHY_NOT_LOADED["_C"])
+            if emulation.compiler() is None:
+                pytest.skip("needs a C++ compiler")
+            emulation.load_operations()
+            emulation.load().set_order("last_warp_first")
+            monkeypatch.setattr(choice, "why_not", lambda *_: None)
+            monkeypatch.setattr(trunk_cuda, "blocks_on", lambda _: 2)
+
+    return prepare
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,13 @@
 """The plain operations: shortcut arithmetic, augmentation by property, checks of arguments."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cifar_resnet_fast import ops, reference
+from cifar_resnet_fast import FastResNet, ops, reference
 
 
 def test_shortcut_a_arithmetic():
@@ -130,3 +133,18 @@ def test_shortcut_a_channel_rule(out_channels):
 def test_reference_serves_half_precision():
     x = torch.randn(1, 16, 4, 4, dtype=torch.bfloat16)
     assert reference.shortcut_a(x, 32).dtype == torch.bfloat16
+
+
+def test_importing_the_package_is_light():
+    """Neither triton nor torch's compiler, seconds of importing, before something needs them."""
+    code = "import sys, cifar_resnet_fast; print({'triton', 'torch._dynamo'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
+
+
+def test_shapes_alone():
+    """On the meta device a network gives the shape of its result."""
+    with torch.device("meta"):
+        model, x = FastResNet(8), torch.empty(2, 3, 32, 32)
+        assert model(x).shape == (2, 10)

@@ -19,7 +19,6 @@ from cifar_resnet_fast.ops import choice, trunk_autograd, trunk_cuda
 from cifar_resnet_fast.ops.trunk_dataflow import Kept
 from cifar_resnet_fast.reference import Unit
 
-BLOCKS = 2  # of every emulated launch
 half, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
 gpu = pytest.mark.gpu
 # the interpreter takes half a minute for a ResNet-8, and gets bfloat16 wrong
@@ -39,30 +38,6 @@ SHORT = [
     pytest.param("cuda", half, 8, 3, id="cuda"),
     pytest.param("triton", half, 8, 2, id="triton", marks=gpu),
 ]
-
-
-@pytest.fixture
-def kernels_run(device, monkeypatch):
-    """A function that makes the kernels of an implementation run here, by name."""
-
-    def prepare(implementation: str) -> None:
-        if implementation == "triton":
-            pytest.importorskip("triton")
-        elif device.type == "cuda":
-            reason = ops.why_not("cuda", device, "trunk")
-            if reason is not None:
-                pytest.skip(reason)
-        else:
-            if ops.WHY_NOT_LOADED["_C"] is not None:
-                pytest.skip(ops.WHY_NOT_LOADED["_C"])
-            if emulation.compiler() is None:
-                pytest.skip("needs a C++ compiler")
-            emulation.load_operations()
-            emulation.load().set_order("last_warp_first")
-            monkeypatch.setattr(choice, "why_not", lambda *_: None)
-            monkeypatch.setattr(trunk_cuda, "blocks_on", lambda _: BLOCKS)
-
-    return prepare
 
 
 class MaskedReLU:

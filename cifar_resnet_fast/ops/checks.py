@@ -87,7 +87,8 @@ def check_channels_last(name: str, value: Tensor) -> None:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What ``torch.autocast`` casts to on ``device``, None where it is off."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # the meta device knows no autocast; torch.compile, before torch 2.13, no is_autocast_available
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

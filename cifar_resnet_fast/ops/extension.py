@@ -42,7 +42,6 @@ WHY_NOT_LOADED = {"_C": _why_not_load("_C")}
 WHY_NOT_LOADED["_cuda"] = WHY_NOT_LOADED["_C"] or _why_not_load("_cuda")
 
 
-@torch.compiler.assume_constant_result
 def why_not_extension(device: torch.device) -> str | None:
     """The reason why the compiled extension cannot run on ``device``, or None where it can."""
     if device.type == "cpu":
@@ -52,6 +51,10 @@ def why_not_extension(device: torch.device) -> str | None:
     return WHY_NOT_LOADED["_cuda"] or _why_not_architecture(
         BUILD_INFO["architectures"], torch.cuda.get_device_capability(device)
     )
+
+
+# what torch.compiler.assume_constant_result does, but for importing torch._dynamo: 2 seconds
+why_not_extension._dynamo_marked_constant = True
 
 
 def _why_not_architecture(built: str, capability: tuple[int, int]) -> str | None:

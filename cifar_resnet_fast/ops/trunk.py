@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops import choice, trunk_autograd, trunk_cuda
+from cifar_resnet_fast.ops import choice, trunk_cuda
 from cifar_resnet_fast.ops.checks import (
     check_number,
     check_shape,
@@ -56,6 +56,9 @@ def trunk(
     chosen = _choose(implementation, pictures, units, dtype, training, wants_grad)
     if chosen == "reference":
         return reference.trunk(pictures.to(dtype), units, training=training)
+    # only where it is used: torch.library's custom operations import triton
+    from cifar_resnet_fast.ops import trunk_autograd
+
     return trunk_autograd.trunk(chosen, pictures, units, dtype, training, wants_grad)
 
 

@@ -15,6 +15,15 @@ struct LaunchShape {
   void* stream;
 };
 
+// Drivers of CUDA 12.3 and later: before, a CUDA graph could not say that kernels overlap.
+inline bool graphs_hold_overlap() {
+  static const bool holds = [] {
+    int driver = 0;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
+  }();
+  return holds;
+}
+
 // 0, or the cudaError_t of the launch, which the runtime then forgets: it would hand it to whoever
 // asks next, and that is PyTorch behind some kernel of its own.
 template <class Params>
@@ -35,7 +44,7 @@ int launch(void (*kernel)(Params), const Params& params, const LaunchShape& shap
     // by what the kernel was compiled for, not by the card: code for sm_80 does not wait
     cudaFuncAttributes attributes = {};
     error = cudaFuncGetAttributes(&attributes, kernel);
-    config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
+    config.numAttrs = attributes.ptxVersion >= 90 && graphs_hold_overlap() ? 1 : 0;
   }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, params);
   if (error != cudaSuccess) cudaGetLastError();
