@@ -23,7 +23,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def make_engine(device="cpu", dtype=torch.float32, loader=None, **settings):
+def make_engine(device="cpu", dtype=torch.float32, loader=None, implementation="auto", **settings):
     torch.manual_seed(0)
     device = torch.device(device)
     images = torch.randint(0, 256, (13, 32, 32, 3), dtype=torch.uint8)
@@ -31,7 +31,7 @@ def make_engine(device="cpu", dtype=torch.float32, loader=None, **settings):
     statistics = torch.full((3,), 0.5), torch.full((3,), 0.25)
     loading = {"batch_size": 4, "device": device, "dtype": dtype, **(loader or {})}
     return Engine(
-        FastResNet(8),
+        FastResNet(8, implementation=implementation),
         Loader(images, labels, *statistics, **loading),
         Loader(images, labels, *statistics, **loading, augmented=False),
         device=device,
@@ -125,6 +125,25 @@ def test_triton_kernels_are_replayed(monkeypatch):
     for ours, theirs in zip(states, usual, strict=True):
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_trunk_is_replayed(kernels_run):
+    """The CUDA kernels of the network's body, in the emulation, behind the bindings of a GPU."""
+    kernels_run("cuda")
+    settings = {"dtype": torch.float16, "loss_scale": 128.0, "implementation": "cuda"}
+    on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    eager, captured = make_engine(on, **settings), make_engine(on, **settings)
+    capture = CudaGraphs() if on.type == "cuda" else Rehearsal()
+    assert captured.capture(capture) is None
+    states, scores = train(eager, STEPS)
+    replayed, replayed_scores = train(captured, STEPS)
+    for ours, theirs in zip(replayed, states, strict=True):
+        assert_same(ours, theirs)
+    assert replayed_scores == scores
+    assert int(eager.optimizer.skipped) == 0
+    usual, _ = train(make_engine(on, **settings | {"implementation": "reference"}), STEPS)
+    loss = [state[".metrics"][0, STEPS - 1] for state in (states[-1], usual[-1])]
+    torch.testing.assert_close(*loss, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("at", [0, 4], ids=["new", "resumed"])

@@ -117,6 +117,28 @@ def test_distributed_data_parallel(model, device, tmp_path):
     assert_same_bits(made, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("depth", [56, 1202])
+def test_memory_of_a_step(depth, device):
+    """What trunk_autograd.py says is kept, the kernels' working set, and nothing else."""
+    N, blocks = 128, (depth - 2) // 6
+    model = FastResNet(depth, implementation="cuda").to(device)
+    x = pictures(device, N)
+    parameters = sum(p.numel() for p in model.parameters())
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model(x).square().sum().backward()
+    taken = torch.cuda.max_memory_allocated() - before
+    kept = N * (168 * blocks + 65) * 1024
+    # prepared weights forward and backward, gradients; dz and its successor; two sets of slabs
+    weights = parameters * (2 + 2 + 4)
+    working = 3 * N * 32 * 1024 + 2 * 200 * 9 * 64 * 64 * 4
+    assert kept <= taken <= 1.02 * (kept + weights + working)
+    assert taken < 10e9
+
+
 # --- where layers go one by one ----------------------------------------------------------------
 
 
