@@ -185,3 +185,25 @@ def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> Non
 
 def _line(row: dict) -> str:
     return json.dumps(row) + "\n"
+
+
+class SilentLogbook:
+    """The logbook of a process that is not the first: keeps the rows, shows and writes nothing."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def __enter__(self) -> "SilentLogbook":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def show(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        pass
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+
+    def say(self, line: str) -> None:
+        pass

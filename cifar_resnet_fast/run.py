@@ -9,7 +9,6 @@ with the bits of one that was not. Its ``state_dict`` holds the weights that wer
 
 import json
 import math
-import signal
 import time
 from pathlib import Path
 
@@ -22,11 +21,12 @@ from cifar_resnet_fast.config import TrainConfig, flag_of
 from cifar_resnet_fast.datasets import Dataset
 from cifar_resnet_fast.engine import DTYPES, Engine
 from cifar_resnet_fast.loader import Loader
-from cifar_resnet_fast.logbook import Logbook, read_metrics
+from cifar_resnet_fast.logbook import Logbook, SilentLogbook, read_metrics
 from cifar_resnet_fast.memory import batch_must_fit
 from cifar_resnet_fast.optimizer import learning_rate
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
+from cifar_resnet_fast.signals import StopRequest
 
 _SHOW_EVERY_SECONDS = 0.2
 _SAVE_EVERY_SECONDS = 10.0  # an epoch can take less time than a checkpoint's way to the disk
@@ -149,7 +149,7 @@ class Run:
         logbook = self._logbook()
         patient = self.processes.count > 1
         fits = batch_must_fit(config.batch_size, self.processes, self.engine)
-        with _StopRequest(patient) as stop, logbook, fits:
+        with StopRequest(patient) as stop, logbook, fits:
             self._capture(logbook)
             for epoch in range(self.step // steps, config.epochs):
                 speed = self._train_epoch(epoch, logbook, stop)
@@ -167,7 +167,7 @@ class Run:
             )
         return accuracy
 
-    def _capture(self, logbook: "Logbook | _Silence") -> None:
+    def _capture(self, logbook: Logbook | SilentLogbook) -> None:
         """Have the device repeat captured steps, where it can; a Ctrl-C waits until then."""
         capture = capture_for(self.processes.device)
         if capture is not None:
@@ -175,9 +175,9 @@ class Run:
             if reason is not None:
                 logbook.say(f"steps run one kernel at a time, slower than captured: {reason}")
 
-    def _logbook(self) -> "Logbook | _Silence":
+    def _logbook(self) -> Logbook | SilentLogbook:
         if self.processes.rank:
-            return _Silence(read_metrics(self.folder))
+            return SilentLogbook(read_metrics(self.folder))
         return Logbook(
             self.folder,
             epochs=self.config.epochs,
@@ -188,7 +188,7 @@ class Run:
             tensorboard=self.config.tensorboard,
         )
 
-    def _train_epoch(self, epoch: int, logbook: Logbook, stop: "_StopRequest") -> float:
+    def _train_epoch(self, epoch: int, logbook: Logbook, stop: StopRequest) -> float:
         """The steps of an epoch that are still to do; returns images per second."""
         engine, training = self.engine, self.data.training
         steps = training.steps
@@ -345,57 +345,6 @@ class Run:
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"resume: checkpoint {path} does not fit the run: {reason}") from None
-
-
-class _Silence:
-    """The logbook of a process that is not the first: keeps the rows, shows and writes nothing."""
-
-    def __init__(self, rows: list[dict]):
-        self.rows = rows
-
-    def __enter__(self) -> "_Silence":
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
-    def show(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        pass
-
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
-
-    def say(self, line: str) -> None:
-        pass
-
-
-class _StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish that the loop sees between two steps.
-
-    Args:
-        patient: whether a second one does no more; torchrun passes each on that the terminal has
-            already sent to every process
-    """
-
-    def __init__(self, patient: bool):
-        self.wished = False
-        self._patient = patient
-
-    def __enter__(self) -> "_StopRequest":
-        self._before = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame) -> None:
-        if self.wished and not self._patient:
-            raise KeyboardInterrupt  # asked twice: at once, at the price of the running epoch
-        self.wished = True
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -56,6 +56,7 @@ FLOORS = {
     "memory": 3.1,
     "info": 4,
     "logbook": 4,
+    "signals": 4,
     "run": 4.1,
     "train": 5,
     "": 6,  # the package itself, which nothing inside imports
