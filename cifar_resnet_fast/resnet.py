@@ -83,7 +83,8 @@ class FastResNet(nn.Module):
         for stage in (self.layer1, self.layer2, self.layer3):
             for block in stage:
                 layers += [(block.conv1, block.bn1), (block.conv2, block.bn2)]
-        if self.bn1.training:
+        training = self.bn1.training
+        if training:
             torch._foreach_add_([bn.num_batches_tracked for _, bn in layers], 1)
         units = [
             ops.Unit(
@@ -97,25 +98,32 @@ class FastResNet(nn.Module):
             )
             for conv, bn in layers
         ]
-        return ops.trunk(x, units, training=self.bn1.training, implementation=self.implementation)
+        return ops.trunk(x, units, training=training, implementation=self.implementation)
 
     def _why_layer_by_layer(self, x: Tensor) -> str | None:
         """Why the layers cannot run as one operation; None if they can."""
+        stages = (self.layer1, self.layer2, self.layer3)
+        inside = [self.conv1, self.bn1, *stages]
+        for stage in stages:
+            for block in stage.children():
+                inside += [block, *block.children()]
         training = self.bn1.training
-        for name, module in self.named_modules():
-            if not name or module is self.linear:
-                continue
-            if type(module) not in (nn.Sequential, BasicBlock, nn.Conv2d, nn.BatchNorm2d):
-                return f"{name} is a {type(module).__name__}"
-            if (
+        for module in inside:
+            reason = None
+            if type(module) not in (nn.Conv2d, nn.BatchNorm2d, BasicBlock, nn.Sequential):
+                reason = f"is a {type(module).__name__}"
+            elif (
                 module._forward_hooks
                 or module._forward_pre_hooks
                 or module._backward_hooks
                 or module._backward_pre_hooks
             ):
-                return f"{name} has hooks"
-            if isinstance(module, nn.BatchNorm2d) and module.training != training:
-                return f"bn1 and {name} are not both in training or both in evaluation"
+                reason = "has hooks"
+            elif type(module) is nn.BatchNorm2d and module.training != training:
+                reason = "and bn1 are not both in training or both in evaluation"
+            if reason is not None:
+                name = next(name for name, other in self.named_modules() if other is module)
+                return f"{name} {reason}"
         if torch.is_grad_enabled():
             if x.requires_grad:
                 return "x requires a gradient"

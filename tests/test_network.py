@@ -165,7 +165,7 @@ def with_another_block(model):
 ONE_BY_ONE = {
     "hook": (with_hook, "layer2.0 has hooks"),
     "backward-hook": (with_gradient_hook, "layer1 has hooks"),
-    "frozen": (with_frozen_statistics, "bn1 and layer3.0.bn1 are not both in training"),
+    "frozen": (with_frozen_statistics, "layer3.0.bn1 and bn1 are not both in training"),
     "parametrized": (with_parametrization, "layer1.0.conv1 is a ParametrizedConv2d"),
     "other-block": (with_another_block, "layer3.1 is a Identity"),
 }

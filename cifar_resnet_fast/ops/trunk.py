@@ -68,22 +68,20 @@ def _check(pictures: Tensor, units: Sequence[Unit], training: bool) -> None:
     if len(units) < 3 or len(units) % 2 == 0:
         raise ValueError(f"units must be 2n + 1 with n of at least 1, got {len(units)}")
     N, C, H, W = pictures.shape
+    weight_dtypes = (pictures.dtype, torch.float32) if pictures.element_size() == 2 else ()
     for i, unit in enumerate(units):
-        check_tensor(f"weight {i}", unit.weight, "K C 3 3", like=pictures)
-        K = unit.weight.shape[0]
-        allowed = (K,) if i == 0 else (C, 2 * C) if i % 2 else (C,)
-        if K not in allowed:
-            raise ValueError(
-                f"weight {i} must have {' or '.join(map(str, allowed))} output channels, got {K}"
-            )
-        check_shape(f"weight {i}", unit.weight, (K, C, 3, 3))
-        check_weight_dtype(f"weight {i}", unit.weight, pictures)
-        for name, vector in zip(Unit._fields[1:5], unit[1:5], strict=True):
-            if vector.shape != (K,) or vector.device != pictures.device:
-                check_tensor(f"{name} {i}", vector, "K", like=pictures)
-                check_shape(f"{name} {i}", vector, (K,))
-        check_number(f"momentum {i}", unit.momentum)
-        check_number(f"eps {i}", unit.eps)
+        K = unit.weight.shape[0] if unit.weight.dim() else 0
+        # a glance, as this runs before every step; what is wrong is found out at leisure
+        sound = (
+            unit.weight.shape == (K, C, 3, 3)
+            and unit.weight.dtype in weight_dtypes
+            and all(t.device == pictures.device for t in unit[:5])
+            and all(vector.shape == (K,) for vector in unit[1:5])
+            and type(unit.momentum) is type(unit.eps) is float
+            and (K == C or (i % 2 and K == 2 * C) or i == 0)
+        )
+        if not sound:
+            _check_unit(i, unit, pictures, C)
         if i % 2 and K != C:
             H, W = -(-H // 2), -(-W // 2)
         C = K
@@ -92,6 +90,24 @@ def _check(pictures: Tensor, units: Sequence[Unit], training: bool) -> None:
             f"pictures must give more than 1 value per channel when training, "
             f"got shape {tuple(pictures.shape)}"
         )
+
+
+def _check_unit(i: int, unit: Unit, pictures: Tensor, C: int) -> None:
+    """Unit i, whose input has C channels."""
+    check_tensor(f"weight {i}", unit.weight, "K C 3 3", like=pictures)
+    K = unit.weight.shape[0]
+    allowed = (K,) if i == 0 else (C, 2 * C) if i % 2 else (C,)
+    if K not in allowed:
+        raise ValueError(
+            f"weight {i} must have {' or '.join(map(str, allowed))} output channels, got {K}"
+        )
+    check_shape(f"weight {i}", unit.weight, (K, C, 3, 3))
+    check_weight_dtype(f"weight {i}", unit.weight, pictures)
+    for name, vector in zip(Unit._fields[1:5], unit[1:5], strict=True):
+        check_tensor(f"{name} {i}", vector, "K", like=pictures)
+        check_shape(f"{name} {i}", vector, (K,))
+    check_number(f"momentum {i}", unit.momentum)
+    check_number(f"eps {i}", unit.eps)
 
 
 def _choose(
