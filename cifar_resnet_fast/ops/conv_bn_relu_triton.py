@@ -221,7 +221,8 @@ class _ConvBNReLU(torch.autograd.Function):
             *ctx.weight_layout,
             ctx.bn_dtype,
         )
-        grad_bn_weight, grad_bn_bias, *gradients = gradients
+        grad_bn_weight, grad_bn_bias = gradients[:2]
+        gradients = list(gradients[2:])  # the starred form is a tuple to torch 2.11's compiler
         return (
             gradients.pop(0) if dx else None,
             gradients.pop(0) if dweight else None,
