@@ -291,10 +291,10 @@ def _captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], T
 
 @contextlib.contextmanager
 def _unavailable():
-    """What ``ops.choose`` says of an implementation that cannot run here, as Unavailable."""
+    """What ``ops`` says of an implementation that cannot run here, or not this, as Unavailable."""
     try:
         yield
-    except RuntimeError as error:
-        if "cannot run" not in str(error):
+    except (RuntimeError, TypeError, ValueError) as error:
+        if "cannot run" not in str(error) and "for implementation" not in str(error):
             raise
         raise Unavailable(str(error)) from None

@@ -9,8 +9,10 @@ from bench import kernels, loader, networks, step, train
 from bench.cases import CASES
 from bench.kernels import compiled, draw
 from bench.measure import WrongResult
+from bench.suite import Unavailable
 from bench.traffic import Sizes
 from cifar_resnet_fast import FastResNet, ops
+from cifar_resnet_fast.ops import choice
 from cifar_resnet_fast.optimizer import FlatSGD
 
 CPU = torch.device("cpu")
@@ -217,3 +219,11 @@ def test_a_named_implementation_that_cannot_run_is_said(tmp_path, capsys):
     arguments = ["--device", "cpu", "--operation", "shortcut_a", "--out", str(tmp_path)]
     assert kernels.main([*arguments, "--implementation", "cuda"]) == 0
     assert "NO TIME: without a GPU only eager is measured" in capsys.readouterr().out
+
+
+def test_what_an_implementation_does_not_serve_is_unavailable(monkeypatch):
+    monkeypatch.setattr(choice, "why_not", lambda *_: None)
+    problem = networks.Problem(8, 4, "fp32", CPU)
+    for prepare in (networks.package_step, networks.package_inference):
+        with pytest.raises(Unavailable, match="torch.float16 .* for implementation .cuda."):
+            prepare(problem, "cuda")

@@ -432,3 +432,20 @@ def test_refused_by_name_and_passed_on_by_auto(name, monkeypatch):
 def test_named_where_it_cannot_run():
     with pytest.raises(RuntimeError, match="'cuda' cannot run trunk on cpu: .*no twins"):
         ops.trunk(**wrong(), implementation="cuda")
+
+
+def test_the_loaders_pictures_are_taken_as_they_lie(kernels_run, device):
+    kernels_run("triton")
+    N = 4
+    images = torch.randint(0, 256, (N, 32, 32, 3), dtype=torch.uint8).to(device)
+    draws = torch.zeros((6, N), dtype=torch.int32, device=device)
+    values = torch.randn(256, 3).to(device, half)
+    arguments = (images, torch.arange(N, device=device), values, draws)
+    batch, _ = ops.load_batch(
+        *arguments,
+        torch.zeros((), dtype=torch.int64, device=device),
+        batch_size=N,
+        padding=4,
+        implementation="triton",
+    )
+    assert trunk_cuda.pictures_for_kernels(batch, half).data_ptr() == batch.data_ptr()
