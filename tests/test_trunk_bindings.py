@@ -1,0 +1,128 @@
+"""The trunk's operations, called straight through torch.ops, refuse what they would misread."""
+
+import functools
+
+import pytest
+import torch
+from test_trunk import Problem
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cifar_resnet_fast import ops
+
+OPERATIONS = (
+    "prepare_weights",
+    "fold_weights",
+    "stem_forward",
+    "stem_evaluate",
+    "conv3x3_f1",
+    "conv3x3_f2",
+    "conv3x3_evaluate",
+    "head_forward",
+    "head_backward",
+    "conv3x3_b2",
+    "conv3x3_b1",
+    "stem_backward",
+    "sum_slabs",
+)
+
+
+class Calls(TorchDispatchMode):
+    """Keeps one call of each of the package's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "cifar_resnet_fast":
+            # the last one: of a backward kernel that has slabs to add up
+            self.kept[func._opname] = (func, args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def calls(kernels_run, device):
+    kernels_run("cuda")
+    return recorded(device)
+
+
+@functools.cache
+def recorded(device):
+    """Name to operation and arguments."""
+    problem = Problem(8, 2, torch.float16, device)
+    recorder = Calls()
+    with recorder:
+        problem.kernels("cuda")
+        ops.trunk(problem.pictures, problem.units, training=False, implementation="cuda")
+    return recorder.kept
+
+
+def strided(tensor: Tensor) -> Tensor:
+    return tensor.repeat_interleave(2, -1)[..., ::2]
+
+
+def shorter(tensor: Tensor) -> Tensor:
+    """Where a first axis may have any length, the second may not."""
+    axis = min(tensor.dim() - 1, 1)
+    return tensor.narrow(axis, 0, tensor.shape[axis] - 1)
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same values, shape and strides, one element further on."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return memory[1:].as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+WRONG = {
+    "dtype": lambda t: t.double(),
+    "shape": shorter,
+    "strides": strided,
+    "device": lambda t: t.to("meta"),
+    "axes": lambda t: t[None],
+    "alignment": misaligned,
+}
+
+
+def test_every_operation_is_called(calls):
+    assert set(calls) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_wrong_tensors_are_refused(operation, calls):
+    func, args = calls[operation]
+    tried = 0
+    for place, argument in enumerate(args):
+        listed = isinstance(argument, (list, tuple))
+        tensor = argument[-1] if listed and len(argument) else argument
+        if not isinstance(tensor, Tensor):
+            continue
+        name = func._schema.arguments[place].name
+        # of `like` the dtype and the device count
+        wrongs = WRONG if name != "like" else {what: WRONG[what] for what in ("dtype", "device")}
+        for what, change in wrongs.items():
+            one_at_a_time = tensor.dim() == 1 and name != "fragments"
+            master = name in ("weights", "dweight", "left_dweight")
+            if what == "alignment" and (one_at_a_time or master or tensor.dtype == torch.uint8):
+                continue  # these are read an element at a time
+            wrong = change(tensor)
+            wrong = [*argument[:-1], wrong] if listed else wrong
+            with pytest.raises(RuntimeError) as error:
+                func(*args[:place], wrong, *args[place + 1 :])
+            assert "outside every tensor" not in str(error.value), f"{name} {what}: reached"
+            assert "misaligned" not in str(error.value), f"{name} {what}: reached"
+            tried += 1
+    assert tried >= 7
+
+
+def test_slabs_and_their_gradient_come_together(calls):
+    func, args = calls["conv3x3_b2"]
+    with pytest.raises(RuntimeError, match="left_slabs and left_dweight must be given together"):
+        func(*args[:-3], args[-3], None, args[-1])
+
+
+@pytest.mark.parametrize("blocks", [0, -1, 65536])
+def test_blocks_have_bounds(blocks, calls):
+    func, args = calls["conv3x3_f2"]
+    with pytest.raises(RuntimeError):
+        func(*args[:-1], blocks)
