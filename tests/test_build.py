@@ -149,6 +149,35 @@ def test_what_is_missing_is_recorded_in_one_line(checkout, environment, missing,
         assert "\n" not in line
 
 
+GPUS = """
+import torch
+torch.cuda.device_count = lambda: len({gpus})
+torch.cuda.get_device_capability = lambda device: {gpus}[device]
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "architectures"),
+    [
+        ([], "8.0;9.0+PTX"),
+        ([(8, 6)], "8.6+PTX"),
+        ([(9, 0), (7, 5), (8, 9), (9, 0)], "8.9;9.0+PTX"),
+        ([(7, 5)], "8.0;9.0+PTX"),
+    ],
+    ids=["none", "one", "several", "too-old"],
+)
+def test_what_is_compiled_for(checkout, gpus, architectures):
+    """The machine's own GPUs, or what runs on most."""
+    if torch.version.cuda is None or ptxas_report.find_nvcc() is None:
+        pytest.skip("there is no CUDA to compile for")
+    (checkout / "elsewhere").mkdir()
+    (checkout / "elsewhere" / "sitecustomize.py").write_text(GPUS.format(gpus=gpus))
+    result = build(checkout, *DRY, PYTHONPATH=str(checkout / "elsewhere"))
+    assert result.returncode == 0, result.stderr
+    record = json.loads((checkout / "built/cifar_resnet_fast/_build_info.json").read_text())
+    assert record["architectures"] == architectures
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
