@@ -14,8 +14,9 @@ from budget import assert_within_budget
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench import plain_kernels
 from cifar_resnet_fast import FastResNet, ops, reference
-from cifar_resnet_fast.ops import choice, trunk_autograd, trunk_cuda
+from cifar_resnet_fast.ops import choice, trunk_autograd, trunk_cuda, trunk_dataflow
 from cifar_resnet_fast.ops.trunk_dataflow import Kept
 from cifar_resnet_fast.reference import Unit
 
@@ -141,6 +142,23 @@ def masks(kept: Kept) -> list[Tensor]:
         bits = last[..., None] >> torch.arange(8, dtype=torch.uint8, device=last.device) & 1
         return [*found, bits.flatten(3).permute(0, 3, 1, 2).bool()]
     return [*found, last > 0]
+
+
+def test_the_schedule_is_the_network(device, monkeypatch):
+    """Apart from any kernel: on plain PyTorch's, in float64, it gives autograd's own results."""
+    problem = Problem(14, 2, torch.float64, device)
+    units = [Unit(*[t.detach() for t in u[:5]], *u[5:]) for u in problem.copies(torch.float64)]
+    kernels = plain_kernels.Kernels(units, problem.pictures)
+    pooled, kept = trunk_dataflow.forward(kernels, problem.pictures, len(units), keep=True)
+    kernels = plain_kernels.Kernels(units, problem.pictures, kept)
+    trunk_dataflow.backward(kernels, problem.dpooled.double(), problem.pictures, kept)
+    for unit, gradients in zip(units, kernels.gradients, strict=True):
+        for tensor, gradient in zip(unit[:3], gradients, strict=True):
+            tensor.grad = gradient
+    ours, exact = results(pooled, units), problem.plain(torch.float64, MaskedReLU(), monkeypatch)
+    for name, value in exact.items():
+        error = (ours[name] - value).abs().max() / value.abs().max()
+        assert error < 1e-10, f"{name}: {error:.3g}"
 
 
 @pytest.mark.usefixtures("poisoned_memory")
