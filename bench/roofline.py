@@ -31,14 +31,33 @@ def blocks(depth: int) -> list[tuple[int, int]]:
     ]
 
 
-def parameters(depth: int, num_classes: int = 10) -> int:
-    """Trained numbers of ResNet-``depth``."""
-    convolutions = [(3, STAGE_CHANNELS[0])]
+def convolutions(depth: int) -> list[tuple[int, int]]:
+    """(input channels, output channels) of every convolution, in order."""
+    found = [(3, STAGE_CHANNELS[0])]
     for source, stage in blocks(depth):
         C, K = STAGE_CHANNELS[source], STAGE_CHANNELS[stage]
-        convolutions += [(C, K), (K, K)]
+        found += [(C, K), (K, K)]
+    return found
+
+
+def parameters(depth: int, num_classes: int = 10) -> int:
+    """Trained numbers of ResNet-``depth``."""
     linear = (STAGE_CHANNELS[-1] + 1) * num_classes
-    return sum(9 * C * K + 2 * K for C, K in convolutions) + linear
+    return sum(9 * C * K + 2 * K for C, K in convolutions(depth)) + linear
+
+
+def trunk(depth: int, batch: int, dtype: str) -> tuple[list[Work], list[Work]]:
+    """The launches of the network's body by the raw dataflow, forward and backward, each in the
+    order of ``ops.trunk_dataflow``; arguments as ``training_step``'s."""
+    s, shortcut = Sizes(batch, dtype), 0
+    forward, backward = [kernels.stem_forward(s)], [kernels.head_backward(s)]
+    for source, stage in blocks(depth):
+        forward += [kernels.forward_1(s, source, stage, shortcut), kernels.forward_2(s, stage)]
+        shortcut = s.shortcut(source, stage)
+    for source, stage in reversed(blocks(depth)):
+        backward += [kernels.backward_2(s, stage), kernels.backward_1(s, source, stage)]
+    forward.append(kernels.head_forward(s, shortcut))
+    return forward, [*backward, kernels.stem_backward(s)]
 
 
 def training_step(depth: int, batch: int, dtype: str, num_classes: int = 10) -> list[Work]:
@@ -50,17 +69,10 @@ def training_step(depth: int, batch: int, dtype: str, num_classes: int = 10) -> 
         dtype: of the activations: fp16, bf16 or fp32
         num_classes: of the last layer
     """
-    s = Sizes(batch, dtype)
-    steps, shortcut = [kernels.loader(s), kernels.stem_forward(s)], 0
-    for source, stage in blocks(depth):
-        steps += [kernels.forward_1(s, source, stage, shortcut), kernels.forward_2(s, stage)]
-        shortcut = s.shortcut(source, stage)
-    steps.append(kernels.head_forward(s, shortcut, num_classes))
-    steps.append(kernels.head_backward(s, shortcut, num_classes))
-    for source, stage in reversed(blocks(depth)):
-        steps += [kernels.backward_2(s, stage), kernels.backward_1(s, source, stage)]
-    numbers = parameters(depth, num_classes)
-    return [*steps, kernels.stem_backward(s), kernels.optimizer(s, numbers)]
+    s, (forward, backward) = Sizes(batch, dtype), trunk(depth, batch, dtype)
+    linear = [kernels.linear_forward(s, num_classes), kernels.linear_backward(s, num_classes)]
+    optimizer = kernels.optimizer(s, parameters(depth, num_classes))
+    return [kernels.loader(s), *forward, *linear, *backward, optimizer]
 
 
 def inference(depth: int, batch: int, dtype: str, num_classes: int = 10) -> list[Work]:
@@ -134,11 +146,11 @@ def floors(steps: Iterable[Work], card: Card, dtype: str) -> Floors:
 
 def kernel_lines(steps: list[Work], card: Card, dtype: str) -> list[str]:
     """One line for each kind of launch: how many, bytes, operations, floor, tensors."""
-    lines = [f"{'kernel':14} {'at':10} {'times':>5} {'MB':>7} {'GFLOP':>6} {'us':>7}  tensors"]
+    lines = [f"{'kernel':19} {'at':10} {'times':>5} {'MB':>7} {'GFLOP':>6} {'us':>7}  tensors"]
     for work, times in Counter(steps).items():
         reads, writes = (", ".join(name for name, _ in t) for t in (work.reads, work.writes))
         lines.append(
-            f"{work.kernel:14} {work.place:10} {times:5} {work.bytes / 1e6:7.1f} "
+            f"{work.kernel:19} {work.place:10} {times:5} {work.bytes / 1e6:7.1f} "
             f"{work.flops / 1e9:6.1f} {1e6 * work.floor(card, dtype):7.1f}  {reads} -> {writes}"
         )
     return lines

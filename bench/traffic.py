@@ -87,6 +87,14 @@ class Sizes:
         A, every second pixel of every second row, which is A / 2. The same of dz2 backwards."""
         return self.stage(stage) if source == stage else self.stage(stage) // 2
 
+    def pooled(self) -> int:
+        """The average over the pixels, float32 in either direction."""
+        return self.batch * STAGE_CHANNELS[-1] * 4
+
+    def mask(self) -> int:
+        """A bit for each element of the last activation."""
+        return self.stage(2) // (8 * self.item)
+
     def weight(self, C: int, K: int) -> int:
         return 9 * C * K * self.item
 
@@ -133,11 +141,15 @@ def forward_1(s: Sizes, source: int, stage: int, shortcut: int) -> Work:
     """
     C, K = STAGE_CHANNELS[source], STAGE_CHANNELS[stage]
     reads = (("y2 before", s.stage(source)), ("weight", s.weight(C, K)))
+    name = _name("F1", source, stage)
     if shortcut:
         reads += (("x before", shortcut),)
+        name += ", option A" if shortcut < s.stage(source) else ""
+    else:
+        name += ", no shortcut"
     writes = (("x", s.stage(source)), ("y1", s.stage(stage)))
     return Work(
-        _name("F1", source, stage),
+        name,
         place(stage),
         reads,
         writes,
@@ -153,25 +165,37 @@ def forward_2(s: Sizes, stage: int) -> Work:
     return Work("F2", place(stage), reads, (("y2", s.stage(stage)),), flops)
 
 
-def head_forward(s: Sizes, shortcut: int, num_classes: int) -> Work:
-    """The last block's end, average pooling, the linear layer and the loss."""
+def head_forward(s: Sizes, shortcut: int) -> Work:
+    """The last block's end and average pooling; a bit for each element tells where the ReLU let
+    it through."""
+    reads = (("y2", s.stage(2)), ("x", shortcut))
+    writes = (("pooled", s.pooled()), ("mask", s.mask()))
+    return Work("head", place(2), reads, writes)
+
+
+def linear_forward(s: Sizes, num_classes: int) -> Work:
+    """The last layer and the loss."""
     C = STAGE_CHANNELS[-1]
-    reads = (("y2", s.stage(2)), ("x", shortcut), ("weight", C * num_classes * s.item))
-    writes = (("logits", s.batch * num_classes * 4),)
-    return Work("head", place(2), reads, writes, 2 * s.batch * C * num_classes)
+    reads = (("pooled", s.pooled()), ("weight", C * num_classes * s.item))
+    flops = 2 * s.batch * C * num_classes
+    return Work("linear", f"{C}", reads, (("logits", s.batch * num_classes * 4),), flops)
 
 
-def head_backward(s: Sizes, shortcut: int, num_classes: int) -> Work:
-    """dz2 of the last block, whose ReLU's mask is made from y2 and x again."""
+def linear_backward(s: Sizes, num_classes: int) -> Work:
     C = STAGE_CHANNELS[-1]
     reads = (
         ("logits", s.batch * num_classes * 4),
-        ("y2", s.stage(2)),
-        ("x", shortcut),
+        ("pooled", s.pooled()),
         ("weight", C * num_classes * s.item),
     )
-    writes = (("dz2", s.stage(2)), ("dweight", C * num_classes * 4))
-    return Work("head backward", place(2), reads, writes, 4 * s.batch * C * num_classes)
+    writes = (("dpooled", s.pooled()), ("dweight", C * num_classes * 4))
+    return Work("linear backward", f"{C}", reads, writes, 4 * s.batch * C * num_classes)
+
+
+def head_backward(s: Sizes) -> Work:
+    """dz2 of the last block, and its sums with y2."""
+    reads = (("dpooled", s.pooled()), ("mask", s.mask()), ("y2", s.stage(2)))
+    return Work("head backward", place(2), reads, (("dz2", s.stage(2)),))
 
 
 def backward_2(s: Sizes, stage: int) -> Work:
@@ -206,6 +230,13 @@ def stem_backward(s: Sizes) -> Work:
     writes = (("dweight", dweight_bytes(3, K)),)
     flops = conv_flops(s.batch, 3, K, SIDES[0])
     return Work("stem backward", place(0), reads, writes, flops)
+
+
+def weights(s: Sizes, parameters: int) -> Work:
+    """The convolutions' weights in the activations' dtype, each once; who has them in another
+    order for the way back writes more."""
+    reads, writes = (("master", 4 * parameters),), (("weights", s.item * parameters),)
+    return Work("weights", "parameters", reads, writes)
 
 
 def optimizer(s: Sizes, parameters: int) -> Work:
