@@ -55,7 +55,7 @@ class Case:
         return sum(w.bytes for w in works), sum(w.flops for w in works)
 
 
-class _Draw:
+class Draw:
     """Random tensors from one generator."""
 
     def __init__(self, device: torch.device, generator: torch.Generator):
@@ -74,7 +74,7 @@ def _unit(C: int, K: int, side: int, stride: int = 1, shortcut: bool = False) ->
     """``conv_bn_relu`` in training."""
 
     def inputs(batch, dtype, device, generator):
-        draw = _Draw(device, generator)
+        draw = Draw(device, generator)
         weight = draw.vector(K, C, 3, 3) * (2 / (9 * C)) ** 0.5
         tensors = {
             "x": draw.activation(batch, C, side, side, dtype=dtype),
@@ -115,7 +115,7 @@ def _unit(C: int, K: int, side: int, stride: int = 1, shortcut: bool = False) ->
 
 def _shortcut_a(C: int, K: int, side: int) -> Case:
     def inputs(batch, dtype, device, generator):
-        return {"x": _Draw(device, generator).activation(batch, C, side, side, dtype=dtype)}
+        return {"x": Draw(device, generator).activation(batch, C, side, side, dtype=dtype)}
 
     def call(tensors, implementation):
         out = ops.shortcut_a(**tensors, out_channels=K, implementation=implementation)
@@ -136,7 +136,7 @@ def _shortcut_a(C: int, K: int, side: int) -> Case:
 
 def _stage_border(C: int, K: int, side: int) -> Case:
     def inputs(batch, dtype, device, generator):
-        draw = _Draw(device, generator)
+        draw = Draw(device, generator)
         return {
             "y": draw.activation(batch, K, side // 2, side // 2, dtype=dtype),
             "scale": 1 + 0.1 * draw.vector(K),
@@ -198,7 +198,7 @@ def _sgd(depth: int) -> Case:
     written = ("parameters", "momenta", "skipped")
 
     def inputs(batch, dtype, device, generator):
-        draw, held = _Draw(device, generator), torch.zeros(P)
+        draw, held = Draw(device, generator), torch.zeros(P)
         for place in places:
             held[place] = 1
         held = held.to(device)

@@ -4,9 +4,10 @@ Each operation at each place where the network has it: forward, backward and bot
 has a gradient the call; dtypes and batch sizes; the package's implementations, plain PyTorch
 (``eager``: cuDNN where there is a GPU), the same under torch.compile (``compile``), and what else
 PyTorch has for it (``torch.optim``: the fused SGD, which does not look for infinite gradients).
-Results are held against float64 before anything is timed.
+Results are held against float64 before anything is timed. The trunk is ``bench.trunk``'s.
 """
 
+import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from bench.cards import Card
 from bench.cases import CASES, Case, Tensors
-from bench.measure import Call, check, time_calls
-from bench.suite import Suite, Unavailable, flags, rates, timed
+from bench.measure import Call, check, without_tf32
+from bench.suite import Suite, Unavailable, flags
 from bench.traffic import Sizes
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.engine import DTYPES
@@ -103,16 +104,12 @@ def verify(case: Case, run: Run, tensors: Tensors, dout: Tensor | None) -> None:
     def eager(tensors: Tensors) -> Tensors:
         return case.call(tensors, "reference")
 
-    tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False  # which would loosen float32's budget
-    try:
+    with without_tf32():
         ours, theirs, exact = (
             results(run, None),
             results(eager, None),
             results(eager, torch.double),
         )
-    finally:
-        torch.backends.cudnn.allow_tf32 = tf32
     check(ours[0], theirs[0], exact[0], maximum=True)
     check(ours[1], theirs[1], exact[1], maximum=False)
 
@@ -150,27 +147,18 @@ def measure(
         run = runner(case, name, suite)
         verify(case, run, *draw(case, batch, DTYPES[dtype], suite.device, seed=0))
         while left:
-            moved, flops = case.work(left[0]["phase"], Sizes(batch or 1, dtype))
-            timing = time_calls(
-                preparer(case, run, left[0]["phase"], batch, DTYPES[dtype], suite.device),
-                suite.device,
-                input_bytes=moved,
-                seconds=suite.seconds,
-            )
-            row = {**left[0], **timed(timing), **rates(timing, card, dtype, moved, flops)}
-            suite.add(row, line(row))
+            phase = left[0]["phase"]
+            prepare = preparer(case, run, phase, batch, DTYPES[dtype], suite.device)
+            moved, flops = case.work(phase, Sizes(batch or 1, dtype))
+            suite.time(left[0], title(left[0]), prepare, card, moved, flops)
             del left[0]
 
 
-def line(row: dict) -> str:
-    """A result for people."""
+def title(row: dict) -> str:
+    """A case for people."""
     return (
         f"{row['operation']:12} {row['place']:26} {row['dtype']} {row['batch'] or '':5} "
-        f"{row['implementation']:9} {row['phase']:8} "
-        f"{row['us']:9.1f} us ({row['us_20']:.1f} - {row['us_80']:.1f})  "
-        f"{row['gb_s']:7.1f} GB/s, {row['bandwidth_share']:.0%} of a copy  "
-        f"{row['tflop_s']:7.2f} TFLOP/s, {row['arithmetic_share']:.0%} of a matrix product  "
-        f"floor {row['floor_us']:.1f} us"
+        f"{row['implementation']:9} {row['phase']:8}"
     )
 
 
@@ -185,30 +173,43 @@ def problems(
             yield case, "fp32", None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = flags("kernels", __doc__.partition("\n\n")[2])
-    parser.add_argument("--operation", nargs="+", choices=sorted({c.operation for c in CASES}))
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, known: Iterable[str]
+) -> argparse.Namespace:
+    """The options, with ``--implementation`` of ``known``, ``--dtype`` and ``--batch-size``."""
     parser.add_argument("--implementation", nargs="+", help="by default all that can run")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--batch-size", type=int, nargs="+")
     options = parser.parse_args(arguments)
-    known = {*ops.IMPLEMENTATIONS, EAGER, COMPILE} - {"reference"}
-    known.update(*(case.others for case in CASES))
     for name in options.implementation or ():
         if name not in known:
             parser.error(f"--implementation must be of {', '.join(sorted(known))}, got {name}")
     if min(options.batch_size or (1,)) < 1:
         parser.error(f"--batch-size must be at least 1, got {min(options.batch_size)}")
-    suite = Suite("kernels", options)
+    return options
+
+
+def sizes(suite: Suite, options: argparse.Namespace) -> tuple[Iterable[str], Iterable[int]]:
+    """Dtypes and batch sizes: those asked for, or what is usual here."""
     dtypes, batches = tuple(DTYPES), (128, 1024)
     if not suite.on_gpu:
         dtypes, batches = ("fp32",), (4,)
     elif suite.quick:
         dtypes, batches = ("fp16",), (1024,)
+    return options.dtype or dtypes, options.batch_size or batches
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = flags("kernels", __doc__.partition("\n\n")[2])
+    parser.add_argument("--operation", nargs="+", choices=sorted({c.operation for c in CASES}))
+    known = {*ops.IMPLEMENTATIONS, EAGER, COMPILE} - {"reference"}
+    known.update(*(case.others for case in CASES))
+    options = parse(parser, arguments, known)
+    suite = Suite("kernels", options)
     wanted = options.implementation or (known - {COMPILE} if suite.quick else known)
     card = suite.measured_card()
     cases = [c for c in CASES if c.operation in (options.operation or [c.operation])]
-    found = problems(cases, options.dtype or dtypes, options.batch_size or batches)
+    found = problems(cases, *sizes(suite, options))
     runs = list(itertools.product(found, sorted(wanted)))
     for (case, dtype, batch), name in suite.progress(runs):
         measure(suite, card, case, name, batch, dtype)

@@ -6,9 +6,10 @@ by events and divided by its calls. On a CPU a sample is one call. Reported are 
 80 % quantiles after a warm-up.
 """
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -187,6 +188,18 @@ def check(
                     f"{name}: {measure} of the error must be at most {allowed:.3g}, twice "
                     f"eager's, got {error:.3g}"
                 )
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Within it PyTorch's convolutions are as exact as their dtype; TF32 would loosen float32's
+    budget."""
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def _norm(t: Tensor) -> float:

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bench.cards import Card
-from bench.measure import Timing, WrongResult, copy_bandwidth, matmul_rate
+from bench.measure import Call, Timing, WrongResult, copy_bandwidth, matmul_rate, time_calls
 
 try:
     from triton.errors import TritonError
@@ -117,6 +117,32 @@ class Suite:
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
+        )
+
+    def time(
+        self,
+        case: dict,
+        title: str,
+        prepare: Callable[[int], Call],
+        card: Card,
+        moved: int,
+        flops: int,
+    ) -> None:
+        """Time the calls that ``prepare`` makes, as ``time_calls`` has it; keep the result.
+
+        Args:
+            case: fields of the result that tell it from others, ``dtype`` among them
+            title: the case for people
+            card, moved, flops: as ``rates`` has them
+        """
+        timing = time_calls(prepare, self.device, input_bytes=moved, seconds=self.seconds)
+        row = {**case, **timed(timing), **rates(timing, card, case["dtype"], moved, flops)}
+        self.add(
+            row,
+            f"{title} {row['us']:9.1f} us ({row['us_20']:.1f} - {row['us_80']:.1f})  "
+            f"{row['gb_s']:7.1f} GB/s, {row['bandwidth_share']:.0%} of a copy  "
+            f"{row['tflop_s']:7.2f} TFLOP/s, {row['arithmetic_share']:.0%} of a matrix product  "
+            f"floor {row['floor_us']:.1f} us",
         )
 
     def add(self, row: dict, line: str) -> None:

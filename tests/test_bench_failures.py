@@ -11,6 +11,7 @@ import torch
 
 from bench import kernels, loader, networks, step
 from bench.cases import CASES
+from bench.measure import time_calls
 from bench.suite import Suite, TritonError, reason_of
 
 GRADIENT_PHASES = ("forward", "backward", "both")
@@ -65,7 +66,6 @@ def test_a_failure_is_a_row_and_the_others_go_on(
     error, reason, status, tmp_path, monkeypatch, capsys
 ):
     """One case fails as it is timed backward: it keeps its time forward, the next has all."""
-    time_calls = kernels.time_calls
     calls = iter(range(100))
 
     def failing(*arguments, **options):
@@ -73,7 +73,7 @@ def test_a_failure_is_a_row_and_the_others_go_on(
             raise error
         return time_calls(*arguments, **options)
 
-    monkeypatch.setattr(kernels, "time_calls", failing)
+    monkeypatch.setattr("bench.suite.time_calls", failing)
     arguments = ["--device", "cpu", "--operation", "shortcut_a", "--out", str(tmp_path)]
     assert kernels.main(arguments) == status
     rows = [row for row in rows_of(tmp_path) if row["suite"] == "kernels"]
