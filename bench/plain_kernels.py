@@ -62,6 +62,14 @@ def activation(y: Tensor, norm: Tensor, shortcut: Tensor | None = None) -> Tenso
     return F.relu(before_relu(y, norm, shortcut)).to(y.dtype)
 
 
+def positive(mask: Tensor) -> Tensor:
+    """[N, K, H, W] bool from the mask of any implementation: bits, the activation, or that."""
+    if mask.dtype == torch.uint8:
+        bits = mask[..., None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+        mask = bits.flatten(3).permute(0, 3, 1, 2)
+    return mask > 0
+
+
 class Kernels:
     """One pass; see ``trunk_dataflow.Kernels``.
 

@@ -22,6 +22,24 @@ from bench.traffic import Sizes, Work, backward_1, backward_2, forward_1, forwar
 MEASURED_ON, BATCH, DTYPE = "H100 80GB HBM3, batch 1024, bf16, 2026-11-22", 1024, "bf16"
 FORWARD_US = (39.7, 21.7, 16.8)
 BACKWARD_US = (70.8, 41.8, 42.4)
+# the same prototypes, each by itself: (kernel, place) to microseconds
+PROTOTYPE = "prototype, H100, batch 1024, bf16"
+PROTOTYPE_US = {
+    ("F1", "32x32x16"): 52.6,
+    ("F1", "16x16x32"): 27.7,
+    ("F1", "8x8x64"): 17.4,
+    ("F1, stride 2", "16x16x32"): 44.7,
+    ("F1, stride 2", "8x8x64"): 24.0,
+    ("F2", "32x32x16"): 27.9,
+    ("F2", "16x16x32"): 17.3,
+    ("F2", "8x8x64"): 15.6,
+    ("B1", "32x32x16"): 79.4,
+    ("B1", "16x16x32"): 41.5,
+    ("B1", "8x8x64"): 38.5,
+    ("B2", "32x32x16"): 56.0,
+    ("B2", "16x16x32"): 38.0,
+    ("B2", "8x8x64"): 38.8,
+}
 COPY_BANDWIDTH = 3.0e12  # bytes/s, measured there
 MMA_RATE = 604e12  # FLOP/s of mma.sync, the upper of two measurements there, 571e12 and 604e12
 

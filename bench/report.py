@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from bench import charts, roofline
+from bench import charts, prediction, roofline
 from bench.cards import CARDS
 from bench.suite import RESULTS, describe, describe_limits
 
@@ -23,6 +23,7 @@ RESULT_FIELDS = ("us", "no_time", "seconds", "copy_gb_s")  # a row has one of th
 CASES = {
     "card": ("measured_by",),
     "kernels": ("operation", "place", "dtype", "batch", "phase", "implementation"),
+    "trunk": ("kernel", "place", "dtype", "batch", "implementation"),
     "step": ("phase", "depth", "dtype", "batch", "implementation"),
     "loader": ("dtype", "batch", "implementation"),
     "train": ("dataset", "depth", "dtype", "batch", "epochs", "limit", "implementation", "seed"),
@@ -104,6 +105,40 @@ def kernel_lines(rows: list[Row]) -> list[str]:
         of = f"{dtype}, " + ("no batch" if batch is None else f"batch {batch}")
         lines += [f"#### {of}", "", *table([of, "floor", *names, "share"], body), ""]
     return lines
+
+
+def trunk_lines(rows: list[Row]) -> list[str]:
+    """One table for each dtype and batch size; beside what was measured like them, prototypes."""
+    lines = [
+        "The floor is the slower of traffic and arithmetic at the measured limits. What `triton`",
+        "and `eager` do in several launches is timed together.",
+    ]
+    for dtype, batch in dict.fromkeys((row["dtype"], row["batch"]) for row in rows if "us" in row):
+        like_prototype = (dtype, batch) == (prediction.DTYPE, prediction.BATCH)
+        like_prototype &= prediction.MEASURED.name in rows[0]["card"]
+        head = [
+            "kernel",
+            "place",
+            "implementation",
+            "us (20 % - 80 %)",
+            "floor us",
+            "floor / time",
+        ]
+        body = []
+        for row in rows:
+            if (row["dtype"], row["batch"]) != (dtype, batch) or "us" not in row:
+                continue
+            names = [row[name] for name in head[:3]]
+            floor = [f"{row['floor_us']:.1f}", f"{row['floor_us'] / row['us']:.0%}"]
+            body.append([*names, spread(row, 1, 1), *floor])
+            if like_prototype:
+                us = prediction.PROTOTYPE_US.get((row["kernel"], row["place"]))
+                body[-1].append("" if us is None else f"{us:.1f}")
+        if like_prototype:
+            head.append(prediction.PROTOTYPE)
+        of = f"{dtype}, " + ("no batch" if batch is None else f"batch {batch}")
+        lines += ["", f"#### {of}", "", *table(head, body)]
+    return [*lines, ""]
 
 
 def step_lines(rows: list[Row]) -> list[str]:
@@ -208,6 +243,7 @@ def prediction_lines() -> list[str]:
 SECTIONS = {  # title, and what makes the lines
     "card": ("", card_lines),
     "step": ("Training steps and inference", step_lines),
+    "trunk": ("Kernels of the trunk", trunk_lines),
     "kernels": ("Kernels", kernel_lines),
     "loader": ("Loaders", loader_lines),
     "train": ("Trainings", train_lines),

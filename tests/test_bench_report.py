@@ -102,6 +102,34 @@ def test_report_has_the_numbers(results, tmp_path, capsys):
     assert "| 3 | 93.20 ± 0.20 | 36.0 ± 1.0 | 93 %: 30.0 ± 0.0 s, 2 of 3 |" in text
 
 
+def test_the_trunks_kernels(tmp_path):
+    """A row a kernel, place and implementation; on an H100, batch 1024, bf16 beside prototypes."""
+
+    def row(kernel, place, name, us, **others):
+        row = {"suite": "trunk", "kernel": kernel, "place": place, "implementation": name}
+        row |= {"dtype": "bf16", "batch": 1024, **timing(us), "floor_us": 22.5}
+        return {**HEADER, **row, **others}
+
+    rows = [
+        row("F2", "32x32x16", "cuda", 30.0),
+        row("F2", "32x32x16", "eager", 225.0),
+        row("head", "8x8x64", "cuda", 40.0),
+        row("weights", "ResNet-56", "cuda", 5.0, batch=None, floor_us=2.5),
+    ]
+    text = report.report(rows, tmp_path)
+    head = "| kernel | place | implementation | us (20 % - 80 %) | floor us | floor / time |"
+    assert text.count(head + "\n") == 2
+    assert "| F2 | 32x32x16 | cuda | 30.0 (28.8 - 32.7) | 22.5 | 75% |\n" in text
+    assert "| F2 | 32x32x16 | eager | 225.0 (216.0 - 245.3) | 22.5 | 10% |\n" in text
+    assert "prototype, H100" not in text.split("## RTX 3080")[0]
+    rows = [{**row, "card": "NVIDIA H100 80GB HBM3"} for row in rows]
+    text = report.report([*rows, {**rows[0], "dtype": "fp16"}], tmp_path)
+    assert text.count("| prototype, H100, batch 1024, bf16 |\n") == 1
+    assert "| F2 | 32x32x16 | cuda | 30.0 (28.8 - 32.7) | 22.5 | 75% | 27.9 |\n" in text
+    assert "| head | 8x8x64 | cuda | 40.0 (38.4 - 43.6) | 22.5 | 56% |  |\n" in text
+    assert "| weights | ResNet-56 | cuda | 5.0 (4.8 - 5.5) | 2.5 | 50% |\n" in text
+
+
 def test_prediction_is_called_one(results, tmp_path):
     report.main([str(results), "--out", str(tmp_path)])
     measured, predicted = (tmp_path / "report.md").read_text().split("## RTX 3080")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import kernels, loader, networks, step, train
+from bench import kernels, loader, networks, step, train, trunk
 from bench.cases import CASES
 from bench.kernels import compiled, draw
 from bench.measure import WrongResult
@@ -16,7 +16,7 @@ from cifar_resnet_fast.ops import choice
 from cifar_resnet_fast.optimizer import FlatSGD
 
 CPU = torch.device("cpu")
-SUITES = {"kernels": kernels, "step": step, "loader": loader, "train": train}
+SUITES = {"kernels": kernels, "trunk": trunk, "step": step, "loader": loader, "train": train}
 HEADER = {"suite", "card", "driver", "torch", "triton", "python", "commit", "date", "quick"}
 
 
@@ -101,7 +101,7 @@ def test_time_to_an_accuracy_is_the_first_epochs_that_has_it():
 
 
 def test_every_operation_is_measured():
-    elsewhere = {"trunk": "the whole network: bench.step measures it"}
+    elsewhere = {"trunk": "kernel by kernel in bench.trunk, whole in bench.step"}
     cases = {case.operation for case in CASES}
     assert cases | elsewhere.keys() >= set(ops.OPERATIONS)
     assert cases <= set(ops.OPERATIONS)
@@ -200,6 +200,7 @@ def test_without_a_gpu_one_line_and_status_2(name, tmp_path, capsys):
         ("kernels", "--operation conv5x5", "--operation"),
         ("kernels", "--implementation cudnn", "--implementation must be of"),
         ("kernels", "--batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("trunk", "--implementation compile", "--implementation must be of cuda, eager, triton"),
         ("step", "--depth 57", "--depth must be 6n + 2"),
         ("step", "--batch-size -1", "--batch-size must be at least 1, got -1"),
         ("step", "--device cpu --implementation compile_graph", "--implementation"),

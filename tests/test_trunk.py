@@ -137,11 +137,7 @@ def masks(kept: Kept) -> list[Tensor]:
     for x, y1, norm1 in zip(kept.x, kept.y[1::2], kept.norm[1::2], strict=True):
         scale, shift = norm1[2:].double()[:, :, None, None]
         found += [x > 0, y1.double() * scale + shift > 0]
-    last = kept.mask
-    if last.dtype == torch.uint8:
-        bits = last[..., None] >> torch.arange(8, dtype=torch.uint8, device=last.device) & 1
-        return [*found, bits.flatten(3).permute(0, 3, 1, 2).bool()]
-    return [*found, last > 0]
+    return [*found, plain_kernels.positive(kept.mask)]
 
 
 def test_the_schedule_is_the_network(device, monkeypatch):
