@@ -69,17 +69,27 @@ def made_up():
     return [{**HEADER, **row} for row in rows]
 
 
-@pytest.fixture
-def results(tmp_path):
-    path = tmp_path / "test-card-9000-2026-01-02.jsonl"
+def write_results(folder):
+    path = folder / "test-card-9000-2026-01-02.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in made_up()))
     return path
 
 
-def test_report_has_the_numbers(results, tmp_path, capsys):
-    assert report.main([str(results), "--out", str(tmp_path / "out")]) == 0
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert str(tmp_path / "out" / "report.md") in capsys.readouterr().out
+@pytest.fixture
+def results(tmp_path):
+    return write_results(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """The folder of a whole report: charts take their time."""
+    folder = tmp_path_factory.mktemp("report")
+    assert report.main([str(write_results(folder)), "--out", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def test_report_has_the_numbers(rendered):
+    text = (rendered / "report.md").read_text()
     assert "## Test Card 9000, 2026-01-02" in text
     assert "driver 1.2; torch 2.11.0; triton 3.6.0; python 3.12.1; commit 0123456789." in text
     assert "* kernels: copy 3000 GB/s, PyTorch's matrix product 600 TFLOP/s in float16" in text
@@ -130,9 +140,8 @@ def test_the_trunks_kernels(tmp_path):
     assert "| weights | ResNet-56 | cuda | 5.0 (4.8 - 5.5) | 2.5 | 50% |\n" in text
 
 
-def test_prediction_is_called_one(results, tmp_path):
-    report.main([str(results), "--out", str(tmp_path)])
-    measured, predicted = (tmp_path / "report.md").read_text().split("## RTX 3080")
+def test_prediction_is_called_one(rendered):
+    measured, predicted = (rendered / "report.md").read_text().split("## RTX 3080")
     assert predicted.startswith(": a prediction, not a measurement")
     figures = [line for line in predicted.splitlines() if line.startswith("* ResNet")]
     assert len(figures) == 3
@@ -141,10 +150,9 @@ def test_prediction_is_called_one(results, tmp_path):
     assert "RTX" not in measured
 
 
-def test_charts_render(results, tmp_path):
+def test_charts_render(rendered):
     """Not blank, and with as much colour as there are implementations."""
-    assert report.main([str(results), "--out", str(tmp_path)]) == 0
-    charts = sorted(tmp_path.glob("*.png"))
+    charts = sorted(rendered.glob("*.png"))
     assert [chart.name.split("-")[0] for chart in charts] == ["kernels", "step"]
     for chart, implementations in zip(charts, (4, 8), strict=True):
         pixels = imread(chart)[..., :3]
@@ -202,6 +210,7 @@ def test_a_damaged_line_is_named(line, results, capsys):
 def test_the_results_are_those_in_the_reports_folder(results, capsys):
     """So one --out serves suites and report; where there are none, one line says so."""
     assert report.main(["--out", str(results.parent)]) == 0
+    assert f" results in {results.parent / 'report.md'}" in capsys.readouterr().out
     assert (results.parent / "report.md").exists()
     results.unlink()
     with pytest.raises(SystemExit) as stop:

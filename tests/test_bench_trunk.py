@@ -136,8 +136,9 @@ def test_triton_kernels_pass_the_check():
     problem = trunk.draw(8, 2, torch.float16, CPU)
     small = dataclasses.replace(problem, pictures=problem.pictures[:, :, :8, :8])
     steps = trunk.record(trunk_triton, small)
-    for position in range(len(steps)):
-        trunk.verify(steps, position)
+    kernels = [work.kernel for works in roofline.trunk(8, 2, "fp16") for work in works]
+    for kernel in dict.fromkeys(kernels):  # the interpreter takes its time: one of each
+        trunk.verify(steps, kernels.index(kernel))
 
 
 @pytest.mark.usefixtures("emulated")
