@@ -12,10 +12,11 @@ that the kernel before left, and adds up that one's weight gradient, in its firs
 (Only behind the stem's gradient, the last, there is a launch that adds up its own.) ``triton``
 launches several: it merges the sums, adds up the weight gradient, and makes option A's shortcut.
 
-The calls stand back to back in a CUDA graph, so on Hopper, where a kernel of ``cuda`` may start
-before the one before it has ended, the time is that of one in a chain, as in the network. Before a
-convolution there is always another launch than the weights' preparation, which it would not wait
-for (csrc/trunk.h).
+The calls stand back to back in a CUDA graph, so the time is that of one in a chain, as in the
+network: on Hopper a kernel of ``cuda`` may start before the one before it has ended, and one of
+the backward pass adds up the slabs that the call before it wrote, while they are in cache. Before
+a convolution there is always another launch than the weights' preparation, which it would not
+wait for (csrc/trunk.h).
 """
 
 import copy
@@ -136,9 +137,6 @@ class Step:
     units: list[Unit]
     method: str
     arguments: dict[str, Tensor | int | None]
-
-    def __call__(self) -> tuple | None:
-        return self.on(copy.copy(self.kernels))
 
     def on(self, kernels: trunk_dataflow.Kernels) -> tuple | None:
         return getattr(kernels, self.method)(**self.arguments)
@@ -299,7 +297,9 @@ def preparer(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Callable[[int], Call]:
-    """For ``time_calls``: the kernel at ``place``, each call in a training step of its own.
+    """For ``time_calls``: the kernel at ``place``, each call with tensors of its own.
+
+    All are on the same kernels, so that each adds up the slabs that the call before it left.
 
     Raises:
         WrongResult: it does not compute what it should. The weights are right where both
@@ -320,11 +320,21 @@ def preparer(
         steps = record(module, draw(DEPTH, batch, dtype, device))
         verify(steps, place.position)
         first = steps[place.position]
+        chain = copy.copy(first.kernels)
+        before = [chain]
 
         def prepare(seed: int) -> Call:
-            if seed == 0:
-                return first
-            return record(module, draw(DEPTH, batch, dtype, device, seed=seed))[place.position]
+            step = first
+            if seed > 0:
+                step = record(module, draw(DEPTH, batch, dtype, device, seed=seed))[place.position]
+
+            def call():
+                made = step.on(chain)
+                if device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
+                    before[:] = [copy.copy(chain)]  # a graph's first call goes on from this
+                return made
+
+            return call
 
     return prepare
 
