@@ -1,6 +1,6 @@
 # make train            train something real on what is here; ARGS="--depth 56" passes flags on
 # make test             run the tests
-# make bench            measure kernels, steps and loaders on the GPU, and draw the report
+# make bench            measure operations, kernels, steps and loaders on the GPU, and draw the report
 # make kernels-report   registers, spills and shared memory of every CUDA and Triton kernel; needs nvcc, no GPU
 # make lint             ruff and clang-format, as pre-commit runs them
 PYTHON ?= python3
@@ -29,7 +29,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(INSTALLED)
-	for suite in kernels step loader; do \
+	for suite in kernels trunk step loader; do \
 	  $(BIN)/python -m bench.$$suite --quick || [ $$? = 1 ] || exit; done # 1: a row says what failed
 	$(BIN)/python -m bench.report
 

@@ -83,6 +83,13 @@ __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadBackward
     for (int k = 0; k < 8; ++k) {
       gradient[k] = load_float(p.dpooled + image * C + chunk * 8 + k) * (1.0f / kPixels);
     }
+    // as they are stored: all pixels of a channel err alike, and the sums must not miss that
+#pragma unroll
+    for (int k = 0; k < 8; k += 2) {
+      const uint32_t rounded = T::pack(gradient[k], gradient[k + 1]);
+      gradient[k] = T::low(rounded);
+      gradient[k + 1] = T::high(rounded);
+    }
 #pragma unroll 4
     for (int i = 0; i < kLanePixels; ++i) {
       const int pixel = (lane >> 3) + 4 * i;
