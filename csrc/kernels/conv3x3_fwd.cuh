@@ -226,13 +226,13 @@ DEVICE void convolve_rows(const ForwardParams& p, const Share& units, int group,
   auto image_of = [&](int tile, int half) {
     return C == 16 ? 0 : C == 32 ? tile : 2 * tile + half;
   };
-  int place[kTiles][2];
-#pragma unroll
-  for (int i = 0; i < kTiles * 2; ++i) {
-    const int tile = i / 2, half = i % 2;
-    place[tile][half] = image_of(tile, half) * Stage<C>::kImageBytes +
-                        tile_pixel<C>(tile, half, lane) * C * 2 + index * 32 + (lane & 3) * 8;
-  }
+  // half tiles are the same distances apart in every lane
+  auto distance = [&](int tile, int half) {
+    return image_of(tile, half) * Stage<C>::kImageBytes + tile_pixel<C>(tile, half, 0) * C * 2;
+  };
+  char* out = static_cast<char*>(p.out) +
+              kept(units.first * kUnitBytes + tile_pixel<C>(0, 0, lane) * C * 2 + index * 32 +
+                   (lane & 3) * 8);
   ChannelSums sums;
   int row_of_step = 0, ring_row = 0;
   auto fetch = [&]() -> uint32_t {
@@ -245,14 +245,17 @@ DEVICE void convolve_rows(const ForwardParams& p, const Share& units, int group,
   int out_unit = units.first, out_y = 0;
   auto write_row = [&](const Tile(&row)[kTiles], bool done) {
     if (!done) return;
-    const int at = out_unit * kUnitBytes + out_y * kRowBytes;
 #pragma unroll
     for (int i = 0; i < kTiles * 2; ++i) {
       const int image = out_unit * G::kImages + image_of(i / 2, i % 2);
-      write_half_tile<T>(row[i / 2], i % 2, static_cast<char*>(p.out) + at + place[i / 2][i % 2],
+      write_half_tile<T>(row[i / 2], i % 2, out + distance(i / 2, i % 2),
                          G::kImages == 1 || image < p.images, sums);
     }
-    if (++out_y == Stage<C>::kSize) out_y = 0, ++out_unit;
+    out += kRowBytes;
+    if (++out_y == Stage<C>::kSize) {
+      out_y = 0, ++out_unit;
+      out += kUnitBytes - Stage<C>::kImageBytes;
+    }
   };
   RowConvolution<T, C, kTiles> convolution;
   convolution.template stream<Stage<C>::kSize>(units.end - units.first, fragments, weights, fetch,

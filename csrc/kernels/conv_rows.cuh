@@ -116,7 +116,7 @@ struct FragmentAddresses {
       int image = first_tile, x = row + 8 * half + i - 1;
       if (CHANNELS == 16) x = 4 * row + 2 * half + i - 1;
       if (CHANNELS == 64) image = 2 * first_tile + half, x = row + i - 1;
-      address[i] = rows + Row::offset(image, x, chunk);
+      address[i] = kept(rows + Row::offset(image, x, chunk));
     }
   }
   DEVICE static uint32_t next_tile(uint32_t a) {

@@ -204,6 +204,13 @@ DEVICE uint32_t as_bits(float v) {
   return __float_as_uint(v);
 }
 
+// An address that is used in every row: to save registers the compiler would make it from the
+// thread index again each time, which is a chain of instructions that the row waits for.
+DEVICE uint32_t kept(uint32_t address) {
+  asm volatile("" : "+r"(address));
+  return address;
+}
+
 // ---- order between lanes, warps and kernels ----
 
 DEVICE float shuffle_xor(float v, int mask) {

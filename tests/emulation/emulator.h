@@ -204,6 +204,9 @@ inline float as_float(uint32_t bits) {
   std::memcpy(&v, &bits, 4);
   return v;
 }
+inline uint32_t kept(uint32_t address) {
+  return address;
+}
 inline uint32_t as_bits(float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, 4);
