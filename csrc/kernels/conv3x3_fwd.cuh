@@ -97,27 +97,33 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
   const uint32_t ring = halo + G::kHaloBytes + position * 16;
   const int chunk_of_pixel = position % (C / 8);
 
-  int image[kChunks], from[kChunks], shortcut_from[kChunks];
-  uint32_t to[kChunks];
+  // The lane's chunks are the same distances apart in every lane: whole rows, or parts of one row.
+  constexpr int kLanes = G::kConfig.producers * 32;
+  static_assert(kLanes % kRowChunks == 0 || kRowChunks % kLanes == 0);
+  auto image = [&](int j) { return position / kRowChunks + j * kLanes / kRowChunks; };
+  auto distance = [&](int j, int image_bytes) {
+    return j * kLanes / kRowChunks * image_bytes + j * kLanes % kRowChunks * 16;
+  };
+  const int first_x = position % kRowChunks / (C / 8);
+  const int from = kept(image(0) * Stage<C>::kImageBytes + position % kRowChunks * 16);
   // option A: new channels, half of them in front, are zero; the others are two channels' worth of
   // bytes a pixel of the larger picture, every second pixel of it
   const bool option_a = FINISHES && C > 16 && p.shortcut_kind == Shortcut::kOptionA;
   const bool has_shortcut =
       FINISHES && p.shortcut_kind != Shortcut::kNone &&
       (!option_a || (chunk_of_pixel >= C / 32 && chunk_of_pixel < C / 32 + C / 16));
+  const int shortcut_scale = option_a ? 2 : 1;  // bytes of a row and of an image
+  const int shortcut_from = option_a ? image(0) * 2 * Stage<C>::kImageBytes + 2 * first_x * C +
+                                           (chunk_of_pixel - C / 32) * 16
+                                     : from;
+  uint32_t to[kChunks];
 #pragma unroll
   for (int j = 0; j < kChunks; ++j) {
-    const int chunk = j * G::kConfig.producers * 32 + position;
-    const int x = chunk % kRowChunks / (C / 8);
-    image[j] = chunk / kRowChunks;
-    from[j] = image[j] * Stage<C>::kImageBytes + chunk % kRowChunks * 16;
-    to[j] = halo + G::Row::offset(image[j], x, chunk_of_pixel);
-    shortcut_from[j] = option_a ? image[j] * 2 * Stage<C>::kImageBytes + 2 * x * C +
-                                      (chunk_of_pixel - C / 32) * 16
-                                : from[j];
+    const int x = first_x + j * kLanes % kRowChunks / (C / 8);
+    to[j] = kept(halo + G::Row::offset(image(j), x, chunk_of_pixel));
   }
   auto present = [&](int unit, int j) {
-    return G::kImages == 1 || unit * G::kImages + image[j] < p.images;
+    return G::kImages == 1 || unit * G::kImages + image(j) < p.images;
   };
 
   // loads: the next step's rows into the ring; one group of copies a step, empty behind the end
@@ -125,19 +131,22 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
   auto load_step = [&] {
     if (load_unit < units.end) {
       const int row = load_unit * kUnitBytes + load_y * kRowBytes;
+      const char* y = static_cast<const char*>(p.y) + (row + from);
+      const char* shortcut =
+          static_cast<const char*>(p.shortcut) + (row * shortcut_scale + shortcut_from);
 #pragma unroll
       for (int r = 0; r < kStepRows; ++r) {
         const uint32_t slot = ring + (load_slot * kStepRows + r) * G::kRawRowBytes;
-        const int at = row + r * kRowBytes;
 #pragma unroll
         for (int j = 0; j < kChunks; ++j) {
           copy_16_bytes_async(slot + j * G::kChunkStride,
-                              static_cast<const char*>(p.y) + at + from[j], present(load_unit, j));
+                              y + r * kRowBytes + distance(j, Stage<C>::kImageBytes),
+                              present(load_unit, j));
           if (FINISHES) {
-            copy_16_bytes_async(
-                slot + (kChunks + j) * G::kChunkStride,
-                static_cast<const char*>(p.shortcut) + (option_a ? 2 * at : at) + shortcut_from[j],
-                has_shortcut && present(load_unit, j));
+            copy_16_bytes_async(slot + (kChunks + j) * G::kChunkStride,
+                                shortcut + r * kRowBytes * shortcut_scale +
+                                    distance(j, Stage<C>::kImageBytes * shortcut_scale),
+                                has_shortcut && present(load_unit, j));
           }
         }
       }
@@ -159,6 +168,7 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
   for (int unit = units.first; unit < units.end; ++unit) {
 #pragma unroll 1
     for (int y = 0; y < kSize; y += kStepRows) {
+      char* x = static_cast<char*>(p.x) + (unit * kUnitBytes + y * kRowBytes + from);
       wait_for_copies<kRingSteps - 1>();
 #pragma unroll
       for (int r = 0; r < kStepRows; ++r) {
@@ -183,12 +193,13 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
               low += T::low(s.v[i]);
               high += T::high(s.v[i]);
             }
-            a.v[i] = present(unit, j) ? T::pack(relu(low), relu(high)) : 0;
+            a.v[i] = T::pack(relu(low), relu(high));
           }
-          store_shared(to[j] + (half * kStepRows + r) * G::kHaloRowBytes, a.chunk());
+          const uint32_t row = to[j] + (half * kStepRows + r) * G::kHaloRowBytes;
+          store_shared(row, a.chunk());
+          if (!present(unit, j)) store_shared(row, make_uint4(0, 0, 0, 0));
           if (FINISHES && present(unit, j)) {
-            const int at = unit * kUnitBytes + (y + r) * kRowBytes + from[j];
-            store_16_bytes(static_cast<char*>(p.x) + at, a.chunk());
+            store_16_bytes(x + r * kRowBytes + distance(j, Stage<C>::kImageBytes), a.chunk());
           }
         }
       }
