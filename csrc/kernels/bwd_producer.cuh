@@ -47,101 +47,123 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
   const int lane = thread_index() & 31, position = index * 32 + lane;
   const uint32_t raw = block.start + G::kRawAt + position * 16;
   const int first_unit = block.units.first;
-  const int steps = (block.units.end - first_unit) * kUnitSteps;
+  const uint32_t steps = (block.units.end - first_unit) * kUnitSteps;
+  // where the rows of a step begin: of dz, y and the residual; of input, y_before and out
+  auto unit_of = [&](uint32_t step) { return first_unit + static_cast<int>(step / kUnitSteps); };
+  auto dy_rows = [&](uint32_t step) {
+    return unit_of(step) * kDyUnit + static_cast<int>(step % kUnitSteps) * G::kDyRows * kRowBytes;
+  };
+  auto a_rows = [&](uint32_t step) {
+    return unit_of(step) * kInputUnit +
+           static_cast<int>(step % kUnitSteps) * G::kARows * kRowBytes;
+  };
 
   // where the lane's chunks are: in a row in global memory, in a haloed row, in a staging row
   const int dy_chunk = position % (G::K / 8), a_chunk = position % (G::kIn / 8);
   const int a_channel = block.split * G::kIn + a_chunk * 8;
-  int dy_image[kDyChunks], dy_from[kDyChunks], a_image[kAChunks], a_from[kAChunks];
-  int residual_from[kAChunks];
+  // Chunk j is the same distance behind the first in every lane: whole images' rows on, or parts
+  // of one row.
+  constexpr int kLanes = G::kProducerLanes, kAImageChunks = kRowChunks / G::kSplit;
+  static_assert(kLanes % kRowChunks == 0 || kRowChunks % kLanes == 0);
+  auto dy_image = [&](int j) { return position / kRowChunks + j * kLanes / kRowChunks; };
+  auto a_image = [&](int j) { return position / kAImageChunks + j * kLanes / kAImageChunks; };
+  auto dy_distance = [](int j) {
+    return j * kLanes / kRowChunks * Stage<G::K>::kImageBytes + j * kLanes % kRowChunks * 16;
+  };
+  auto a_distance = [](int j) {
+    return j * kLanes / kAImageChunks * Stage<G::C>::kImageBytes +
+           j * kLanes % kAImageChunks * 16 * G::kSplit;
+  };
+  const int dy_x = position % kRowChunks / (G::K / 8);
+  const int a_x = position % kAImageChunks / (G::kIn / 8);
+  const int dy_from = kept(dy_image(0) * Stage<G::K>::kImageBytes + position % kRowChunks * 16);
+  const int a_from = kept(a_image(0) * Stage<G::C>::kImageBytes + (a_x * G::C + a_channel) * 2);
+  // Stride 2, backward of option A: even pixels of even rows get the middle channels of the
+  // smaller picture. Chunks of a lane are whole rows or an even number of pixels apart.
+  const bool has_residual = G::kResidual && (G::STRIDE == 1 || a_x % 2 == 0);
+  const int residual_from = G::STRIDE == 1 ? a_from
+                                           : kept(a_image(0) * Stage<G::K>::kImageBytes +
+                                                  (a_x / 2 * G::K + G::C / 2 + a_channel) * 2);
+  auto residual_distance = [](int j) {  // half the pixels of twice the channels
+    return j * kLanes / kAImageChunks * Stage<G::K>::kImageBytes +
+           j * kLanes % kAImageChunks * 16 * G::kSplit;
+  };
   uint32_t dy_to[kDyChunks], a_to[kAChunks];
 #pragma unroll
   for (int j = 0; j < kDyChunks; ++j) {
-    const int i = j * G::kProducerLanes + position;
-    dy_image[j] = i / kRowChunks;
-    dy_from[j] = dy_image[j] * Stage<G::K>::kImageBytes + i % kRowChunks * 16;
-    dy_to[j] = block.start + G::kDyAt +
-               G::DyRow::offset(dy_image[j], i % kRowChunks / (G::K / 8), dy_chunk);
+    const int x = dy_x + j * kLanes % kRowChunks / (G::K / 8);
+    dy_to[j] = kept(block.start + G::kDyAt + G::DyRow::offset(dy_image(j), x, dy_chunk));
   }
-  bool has_residual = G::kResidual;
 #pragma unroll
   for (int j = 0; j < kAChunks; ++j) {
-    constexpr int kImageChunks = kRowChunks / G::kSplit;
-    const int i = j * G::kProducerLanes + position, x = i % kImageChunks / (G::kIn / 8);
-    a_image[j] = i / kImageChunks;
-    a_from[j] = a_image[j] * Stage<G::C>::kImageBytes + (x * G::C + a_channel) * 2;
-    a_to[j] = block.start + G::kAAt + G::ARow::offset(a_image[j], x, a_chunk);
-    residual_from[j] = a_from[j];
-    if (G::STRIDE == 2) {
-      // backward of option A: even pixels of even rows get the middle channels of the smaller
-      // picture
-      residual_from[j] =
-          a_image[j] * Stage<G::K>::kImageBytes + (x / 2 * G::K + G::C / 2 + a_channel) * 2;
-      has_residual =
-          x % 2 == 0;  // the same for all j: they are whole rows or an even number apart
-    }
+    const int x = a_x + j * kLanes % kAImageChunks / (G::kIn / 8);
+    a_to[j] = kept(block.start + G::kAAt + G::ARow::offset(a_image(j), x, a_chunk));
   }
-  auto present = [&](int unit, int image) {
-    return G::kImages == 1 || unit * G::kImages + image < p.images;
+  // images from that of the lane's first chunk on
+  const int dy_images = p.images - dy_image(0), a_images = p.images - a_image(0);
+  auto dy_present = [&](int unit, int j) {
+    return G::kImages == 1 || dy_images - unit * G::kImages > j * kLanes / kRowChunks;
+  };
+  auto a_present = [&](int unit, int j) {
+    return G::kImages == 1 || a_images - unit * G::kImages > j * kLanes / kAImageChunks;
   };
 
   // loads of one step: the rows to produce, and the other tensors of the step that is three
   // behind; one group of copies a step
-  int load_unit = first_unit, load_y = 0, side_unit = first_unit, side_y = 0;
-  int load_step = 0, load_slot = 0;
+  uint32_t load_step = 0;
+  int load_slot = 0;
   auto load = [&] {
     const uint32_t to = raw + load_slot * G::kRawStepBytes;
-    if (load_unit < block.units.end) {
+    if (load_step < steps) {
+      const int unit = unit_of(load_step);
 #pragma unroll
       for (int r = 0; r < G::kDyRows; ++r) {
-        const int at = load_unit * kDyUnit + (load_y + r) * kRowBytes;
+        const int at = dy_rows(load_step) + r * kRowBytes + dy_from;
 #pragma unroll
         for (int j = 0; j < kDyChunks; ++j) {
-          const bool here = present(load_unit, dy_image[j]);
+          const bool here = dy_present(unit, j);
           const int slot = r * kDyChunks + j;
           copy_16_bytes_async(to + (G::kDzSlot + slot) * G::kSlotStride,
-                              static_cast<const char*>(p.dz) + at + dy_from[j], here);
+                              static_cast<const char*>(p.dz) + at + dy_distance(j), here);
           copy_16_bytes_async(to + (G::kYSlot + slot) * G::kSlotStride,
-                              static_cast<const char*>(p.y) + at + dy_from[j], here);
+                              static_cast<const char*>(p.y) + at + dy_distance(j), here);
         }
       }
 #pragma unroll
       for (int r = 0; r < G::kARows; ++r) {
-        const int at = load_unit * kInputUnit + (load_y * G::STRIDE + r) * kRowBytes;
+        const int at = a_rows(load_step) + r * kRowBytes + a_from;
 #pragma unroll
         for (int j = 0; j < kAChunks; ++j) {
           copy_16_bytes_async(to + (G::kInputSlot + r * kAChunks + j) * G::kSlotStride,
-                              static_cast<const char*>(p.input) + at + a_from[j],
-                              present(load_unit, a_image[j]));
+                              static_cast<const char*>(p.input) + at + a_distance(j),
+                              a_present(unit, j));
         }
       }
-      load_y += G::kDyRows;
-      if (load_y == G::kDySize) load_y = 0, ++load_unit;
     }
-    if (G::kStaged && load_step >= 3 && side_unit < block.units.end) {
+    const uint32_t side_step = load_step - 3;  // wraps: not below steps
+    if (G::kStaged && side_step < steps) {
+      const int unit = unit_of(side_step);
       const void* with = G::kResidual ? p.y_before : p.input;
 #pragma unroll
       for (int r = 0; r < G::kARows; ++r) {
-        const int at = side_unit * kInputUnit + (side_y * G::STRIDE + r) * kRowBytes;
+        const int at = a_rows(side_step) + r * kRowBytes + a_from;
 #pragma unroll
         for (int j = 0; j < kAChunks; ++j) {
           copy_16_bytes_async(to + (G::kSumsSlot + r * kAChunks + j) * G::kSlotStride,
-                              static_cast<const char*>(with) + at + a_from[j],
-                              present(side_unit, a_image[j]));
+                              static_cast<const char*>(with) + at + a_distance(j),
+                              a_present(unit, j));
         }
       }
 #pragma unroll
       for (int r = 0; r < G::kResidualRows; ++r) {
-        const int at = side_unit * kDyUnit + (side_y + r) * kRowBytes;
+        const int at = dy_rows(side_step) + r * kRowBytes + residual_from;
 #pragma unroll
         for (int j = 0; j < kAChunks; ++j) {
           copy_16_bytes_async(to + (G::kResidualSlot + r * kAChunks + j) * G::kSlotStride,
-                              static_cast<const char*>(p.residual) + at + residual_from[j],
-                              has_residual && present(side_unit, a_image[j]));
+                              static_cast<const char*>(p.residual) + at + residual_distance(j),
+                              has_residual && a_present(unit, j));
         }
       }
-      side_y += G::kDyRows;
-      if (side_y == G::kDySize) side_y = 0, ++side_unit;
     }
     commit_copies();
     ++load_step;
@@ -162,18 +184,18 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
 
   // the staged epilogue of a step, whose other tensors are in `slot`
   ChunkSums sums;
-  int out_unit = first_unit, out_y = 0;
-  auto finish = [&](int step, int slot) {
+  // every 32 chunks the staging row's keys begin again
+  const uint32_t staging = kept(block.start + G::kStagingAt + StagingRow::offset(position));
+  auto finish = [&](uint32_t step, int slot) {
 #pragma unroll
     for (int r = 0; r < G::kARows; ++r) {
-      const int row = (step * G::kARows + r) % (4 * G::kARows);
-      const int at = out_unit * kInputUnit + (out_y * G::STRIDE + r) * kRowBytes;
+      const uint32_t row = (step * G::kARows + r) % (4 * G::kARows);
+      const int at = a_rows(step) + r * kRowBytes + a_from;
       const uint32_t side = raw + slot * G::kRawStepBytes;
 #pragma unroll
       for (int j = 0; j < kAChunks; ++j) {
         const uint4 gradient =
-            load_shared_16_bytes(block.start + G::kStagingAt + row * G::kStagingRowBytes +
-                                 StagingRow::offset(j * G::kProducerLanes + position));
+            load_shared_16_bytes(staging + row * G::kStagingRowBytes + j * kLanes * 16);
         const uint4 a = load_shared_16_bytes(a_to[j] + row * G::kARowBytes);
         const uint4 with =
             load_shared_16_bytes(side + (G::kSumsSlot + r * kAChunks + j) * G::kSlotStride);
@@ -184,19 +206,17 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
                  : make_uint4(0, 0, 0, 0);
         const uint4 out = adds ? finish_chunk<T, true>(gradient, residual, a, with, sums)
                                : finish_chunk<T, false>(gradient, residual, a, with, sums);
-        if (present(out_unit, a_image[j])) {
-          store_16_bytes(static_cast<char*>(p.out) + at + a_from[j], out);
+        if (a_present(unit_of(step), j)) {
+          store_16_bytes(static_cast<char*>(p.out) + at + a_distance(j), out);
         }
       }
     }
-    out_y += G::kDyRows;
-    if (out_y == G::kDySize) out_y = 0, ++out_unit;
   };
 
-  int slot = 0, half = 0, a_row = 0, unit = first_unit, step_of_unit = 0;
+  int slot = 0, half = 0, a_row = 0;
   auto next_slot = [&] { slot = slot + 1 == kSteps ? 0 : slot + 1; };
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (uint32_t step = 0; step < steps; ++step) {
     wait_for_copies<kSteps - 1>();
     if (G::kStaged && step >= 3) finish(step - 3, slot);
     const uint32_t from = raw + slot * G::kRawStepBytes;
@@ -220,9 +240,11 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
           const float high = fused_multiply_add(
               a_dz[2 * i + 1], T::high(dy.v[i]),
               fused_multiply_add(b_y[2 * i + 1], T::high(raw_y.v[i]), c_1[2 * i + 1]));
-          dy.v[i] = present(unit, dy_image[j]) ? T::pack(low, high) : 0;
+          dy.v[i] = T::pack(low, high);
         }
-        store_shared(dy_to[j] + (half * G::kDyRows + r) * G::kDyRowBytes, dy.chunk());
+        const uint32_t row = dy_to[j] + (half * G::kDyRows + r) * G::kDyRowBytes;
+        store_shared(row, dy.chunk());
+        if (!dy_present(unit_of(step), j)) store_shared(row, make_uint4(0, 0, 0, 0));
       }
     }
 #pragma unroll
@@ -250,7 +272,6 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
       }
       a_row = a_row + 1 == G::kARing ? 0 : a_row + 1;
     }
-    if (++step_of_unit == kUnitSteps) step_of_unit = 0, ++unit;
     load();
     next_slot();
     half ^= 1;
