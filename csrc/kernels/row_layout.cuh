@@ -45,7 +45,7 @@ struct HaloRow {
   template <int LINES>
   DEVICE static uint32_t lines_on(uint32_t address) {
     static_assert(LINES % (kKeys / 2) == 0);
-    return (address + LINES * 128) ^ (LINES % kKeys << 4);
+    return (address ^ (LINES % kKeys << 4)) + LINES * 128;  // the sum is an immediate offset
   }
   // the address of the chunk pair `step` further on, from one of the first pair
   DEVICE static uint32_t channels_on(uint32_t address, int step) { return address ^ (step << 5); }
