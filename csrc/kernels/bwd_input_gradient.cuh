@@ -11,15 +11,17 @@ namespace cifar_resnet_fast {
 template <class G>
 struct StagedRows {
   using T = typename G::T;
-  uint32_t to;
   int row = 0;
 
-  DEVICE StagedRows(const BackwardBlock& block) : to(block.start + G::kStagingAt) {}
-  DEVICE void put(int image, int x, int index, const float (&v)[4]) const {
+  // where the lane puts a pixel of the first row
+  DEVICE static uint32_t place(const BackwardBlock& block, int image, int x, int index) {
     const int t = thread_index() & 3;
     const int chunk = (image * G::kSize + x) * (G::kIn / 8) + 2 * index + (t >> 1);
-    store_shared(to + row * G::kStagingRowBytes + StagingRow::offset(chunk) + (t & 1) * 8,
-                 pack_4<T>(v));
+    return kept(block.start + G::kStagingAt + StagingRow::offset(chunk) + (t & 1) * 8);
+  }
+  // a pixel so many on from one at a place: a multiple of 32 chunks, where the keys begin again
+  DEVICE void put(uint32_t place, int pixels, const float (&v)[4]) const {
+    store_shared(place + row * G::kStagingRowBytes + pixels * G::kIn * 2, pack_4<T>(v));
   }
   DEVICE void next_row() { row = row + 1 == 4 * G::kARows ? 0 : row + 1; }
 };
@@ -158,16 +160,17 @@ DEVICE void input_gradient(const BackwardParams& p, const BackwardBlock& block, 
   RowConvolution<typename G::T, G::K, kTiles> convolution;
   if constexpr (G::kStaged) {
     begin();
-    StagedRows<G> staged(block);
+    StagedRows<G> staged;
+    const uint32_t place = staged.place(block, first_tile * Stage<G::K>::kImagesPerTile,
+                                        tile_pixel<G::K>(0, 0, lane), sixteen);
     auto finish = [&](const Tile(&row)[kTiles], bool done) {
       if (!done) return;
 #pragma unroll
       for (int i = 0; i < kTiles * 2; ++i) {
         float v[4];
         row[i / 2].channels(i % 2, v);
-        const int tile = first_tile + i / 2;
-        staged.put(G::K == 64 ? 2 * tile + i % 2 : tile, tile_pixel<G::K>(i / 2, i % 2, lane),
-                   sixteen, v);
+        const int image = G::K == 64 ? i : i / 2;
+        staged.put(place, image * G::kSize + tile_pixel<G::K>(i / 2, i % 2, 0), v);
       }
       staged.next_row();
     };
@@ -214,14 +217,17 @@ DEVICE void input_gradient_stride_2(const BackwardParams& p, const BackwardBlock
     const int image = G::K == 64 ? second : 0, j = (lane & 7) + (G::K == 64 ? 0 : 8 * second);
     fragment[shift] = block.start + G::kDyAt + G::DyRow::offset(image, j + shift, lane >> 4);
   }
-  StagedRows<G> staged(block);
+  StagedRows<G> staged;
+  const int first_x = 2 * tile_pixel<G::K>(0, 0, lane);
+  const uint32_t place[2] = {staged.place(block, 0, first_x, index),
+                             staged.place(block, 0, first_x + 1, index)};
   auto put = [&](const Tile(&columns)[2]) {  // even and odd columns
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float v[4];
       columns[i / 2].channels(i % 2, v);
-      const int j = tile_pixel<G::K>(0, i % 2, lane);
-      staged.put(G::K == 64 ? i % 2 : 0, 2 * j + i / 2, index, v);
+      const int image = G::K == 64 ? i % 2 : 0;
+      staged.put(place[i / 2], image * G::kSize + 2 * tile_pixel<G::K>(0, i % 2, 0), v);
     }
     staged.next_row();
   };
