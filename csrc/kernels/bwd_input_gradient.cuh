@@ -36,29 +36,30 @@ struct DirectRows {
 
   const BackwardParams& p;
   const BackwardBlock& block;
-  int place[kHalves];   // in a row in global memory
   uint32_t a[kHalves];  // in a haloed row
   uint32_t side;        // the lane's part of the ring
   ChannelSums sums;
-  int load_at, out_at, end;  // of rows, in bytes from the tensors' start
+  int load_at, out_at, end;  // the lane's first pixel of a row, in bytes from the tensors' start
   int slot = 0, a_row = 0;
 
   DEVICE DirectRows(const BackwardParams& params, const BackwardBlock& where, int index)
       : p(params),
         block(where),
         side(where.start + G::kSideAt + index * G::kSideBytes + (thread_index() & 31) * 8),
-        load_at(where.units.first * Stage<G::C>::kImageBytes),
+        load_at(kept(where.units.first * Stage<G::C>::kImageBytes +
+                     tile_pixel<16>(0, 0, thread_index() & 31) * 32 + (thread_index() & 3) * 8)),
         out_at(load_at),
         end(where.units.end * Stage<G::C>::kImageBytes) {
     const int lane = thread_index() & 31, t = lane & 3;
 #pragma unroll
     for (int i = 0; i < kHalves; ++i) {
       const int x = tile_pixel<16>(i / 2, i % 2, lane);
-      place[i] = x * 32 + t * 8;
-      a[i] = where.start + G::kAAt + G::ARow::offset(0, x, t >> 1) + (t & 1) * 8;
+      a[i] = kept(where.start + G::kAAt + G::ARow::offset(0, x, t >> 1) + (t & 1) * 8);
     }
     for (int i = 0; i < kRing; ++i) load_row(i);
   }
+  // of half tile i from the first, in bytes
+  DEVICE static int distance(int i) { return tile_pixel<16>(i / 2, i % 2, 0) * 32; }
   // from sums of out * y_before to sums of out * (y_before - mean), before lanes are added
   DEVICE void centre() {
 #pragma unroll
@@ -72,11 +73,11 @@ struct DirectRows {
     const void* with = G::kResidual ? p.y_before : p.input;
 #pragma unroll
     for (int i = 0; i < kHalves; ++i) {
-      copy_8_bytes_async(to + i * 256, static_cast<const char*>(with) + load_at + place[i],
+      copy_8_bytes_async(to + i * 256, static_cast<const char*>(with) + load_at + distance(i),
                          load_at < end);
       if (G::kResidual) {
         copy_8_bytes_async(to + (kHalves + i) * 256,
-                           static_cast<const char*>(p.residual) + load_at + place[i],
+                           static_cast<const char*>(p.residual) + load_at + distance(i),
                            load_at < end);
       }
     }
@@ -105,7 +106,7 @@ struct DirectRows {
         sums.first[k] += v[k];
         sums.second[k] = fused_multiply_add(v[k], factor[k], sums.second[k]);
       }
-      store_8_bytes(static_cast<char*>(p.out) + out_at + place[i], pack_4<T>(v));
+      store_8_bytes(static_cast<char*>(p.out) + out_at + distance(i), pack_4<T>(v));
     }
     load_row(slot);
     slot = slot + 1 == kRing ? 0 : slot + 1;
