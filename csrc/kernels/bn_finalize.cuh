@@ -66,20 +66,26 @@ DEVICE SumPair merge_sums(const float* sums, int rows, uint32_t scratch) {
 }
 
 // Puts scale [C] and shift [C] at `coefficients`; the caller's next block barrier shows them to
-// all.
+// all. What is needed besides the sums is loaded first, so that both are on their way at once.
 template <int C, int THREADS>
 DEVICE void forward_coefficients(const ForwardNorm& norm, double count, uint32_t coefficients,
                                  uint32_t scratch) {
-  const SumPair sum = merge_sums<C, THREADS>(norm.sums, norm.rows, scratch);
   const int c = thread_index();
+  float weight = 0, bias = 0, old_mean = 0, old_var = 0;
+  if (c < C) {
+    weight = load_float(norm.weight + c), bias = load_float(norm.bias + c);
+    if (block_index() == 0) {
+      old_mean = load_float(norm.running_mean + c), old_var = load_float(norm.running_var + c);
+    }
+  }
+  const SumPair sum = merge_sums<C, THREADS>(norm.sums, norm.rows, scratch);
   if (c >= C) return;
   const double mean = sum.first / count;
   double variance = sum.second / count - mean * mean;
   variance = variance < 0 ? 0 : variance;  // keeps a NaN
   const float invstd = 1 / sqrtf(static_cast<float>(variance) + norm.eps);
-  const float scale = load_float(norm.weight + c) * invstd;
-  const float shift =
-      fused_multiply_add(-static_cast<float>(mean), scale, load_float(norm.bias + c));
+  const float scale = weight * invstd;
+  const float shift = fused_multiply_add(-static_cast<float>(mean), scale, bias);
   store_shared(coefficients + c * 4, scale);
   store_shared(coefficients + (C + c) * 4, shift);
   if (block_index() != 0) return;
@@ -87,8 +93,6 @@ DEVICE void forward_coefficients(const ForwardNorm& norm, double count, uint32_t
   store_float(norm.saved + C + c, invstd);
   store_float(norm.saved + 2 * C + c, scale);
   store_float(norm.saved + 3 * C + c, shift);
-  const float old_mean = load_float(norm.running_mean + c);
-  const float old_var = load_float(norm.running_var + c);
   const float unbiased = static_cast<float>(variance * (count / (count - 1)));
   store_float(norm.running_mean + c,
               old_mean + norm.momentum * (static_cast<float>(mean) - old_mean));
@@ -99,13 +103,17 @@ DEVICE void forward_coefficients(const ForwardNorm& norm, double count, uint32_t
 template <int C, int THREADS>
 DEVICE void backward_coefficients(const BackwardNorm& norm, double count, uint32_t coefficients,
                                   uint32_t scratch) {
-  const SumPair sum = merge_sums<C, THREADS>(norm.sums, norm.rows, scratch);
   const int c = thread_index();
+  float mean = 0, invstd = 0, weight = 0;
+  if (c < C) {
+    mean = load_float(norm.saved + c), invstd = load_float(norm.saved + C + c);
+    weight = load_float(norm.weight + c);
+  }
+  const SumPair sum = merge_sums<C, THREADS>(norm.sums, norm.rows, scratch);
   if (c >= C) return;
-  const float mean = load_float(norm.saved + c), invstd = load_float(norm.saved + C + c);
   const double sum_dz_yhat = sum.second * invstd;
   const double m1 = sum.first / count, m2 = sum_dz_yhat / count;
-  const double a = static_cast<double>(load_float(norm.weight + c)) * invstd;
+  const double a = static_cast<double>(weight) * invstd;
   const double b = -a * invstd * m2;
   store_shared(coefficients + c * 4, static_cast<float>(a));
   store_shared(coefficients + (C + c) * 4, static_cast<float>(b));

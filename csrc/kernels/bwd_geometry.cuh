@@ -171,12 +171,14 @@ template <class G>
 DEVICE void begin_backward(const BackwardParams& p, uint32_t group_start, int warp_of_group) {
   const uint32_t start = shared_start();
   const double count = static_cast<double>(p.images) * G::kDySize * G::kDySize;
+  // scale and shift of the input's normalisation: on their way while the sums are merged
+  static_assert(2 * G::C <= G::kThreads);
+  const int element = thread_index();
+  const bool has_element = !G::kResidual && element < 2 * G::C;
+  float value = 0;
+  if (has_element) value = load_float(p.saved_before + 2 * G::C + element);
   backward_coefficients<G::K, G::kThreads>(p.norm, count, start, start + G::kScratchAt);
-  if (!G::kResidual) {
-    for (int i = thread_index(); i < 2 * G::C; i += G::kThreads) {
-      store_shared(start + G::kScaleAt + i * 4, load_float(p.saved_before + 2 * G::C + i));
-    }
-  }
+  if (has_element) store_shared(start + G::kScaleAt + element * 4, value);
   const int lane = thread_index() & 31;
   for (int i = (warp_of_group * 32 + lane) * 16; i < G::kStagingAt; i += G::kGroupWarps * 512) {
     store_shared(group_start + i, make_uint4(0, 0, 0, 0));
