@@ -39,6 +39,7 @@ struct DirectRows {
   uint32_t a[kHalves];  // in a haloed row
   uint32_t side;        // the lane's part of the ring
   ChannelSums sums;
+  float mean[4];             // of y_before
   int load_at, out_at, end;  // the lane's first pixel of a row, in bytes from the tensors' start
   int slot = 0, a_row = 0;
 
@@ -57,6 +58,8 @@ struct DirectRows {
       a[i] = kept(where.start + G::kAAt + G::ARow::offset(0, x, t >> 1) + (t & 1) * 8);
     }
     for (int i = 0; i < kRing; ++i) load_row(i);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) mean[k] = load_float(p.saved_before + t * 4 + k);
   }
   // of half tile i from the first, in bytes
   DEVICE static int distance(int i) { return tile_pixel<16>(i / 2, i % 2, 0) * 32; }
@@ -64,8 +67,7 @@ struct DirectRows {
   DEVICE void centre() {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const float mean = load_float(p.saved_before + (thread_index() & 3) * 4 + k);
-      sums.second[k] = fused_multiply_add(-mean, sums.first[k], sums.second[k]);
+      sums.second[k] = fused_multiply_add(-mean[k], sums.first[k], sums.second[k]);
     }
   }
   DEVICE void load_row(int to_slot) {

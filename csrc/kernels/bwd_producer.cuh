@@ -279,6 +279,9 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
   }
 
   if constexpr (G::kStaged) {
+    float mean[8];  // of y_before, on its way while the last rows are finished
+#pragma unroll
+    for (int i = 0; i < 8; ++i) mean[i] = load_float(p.saved_before + a_channel + i);
     wait_for_copies<0>();
     if (steps > 0) finish(steps - 3, slot), next_slot();
     group_barrier<G::kGroupWarps>(block.group + 1);  // the last rows are staged
@@ -288,8 +291,7 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float mean = load_float(p.saved_before + a_channel + i);
-      sums.second[i] = fused_multiply_add(-mean, sums.first[i], sums.second[i]);
+      sums.second[i] = fused_multiply_add(-mean[i], sums.first[i], sums.second[i]);
 #pragma unroll
       for (int mask = G::kIn / 8; mask < 32; mask <<= 1) {
         sums.first[i] += shuffle_xor(sums.first[i], mask);
