@@ -191,14 +191,16 @@ DEVICE void weight_gradient(const BackwardParams& p, const BackwardBlock& block,
     gradient.stream_stride_2(units, fetch);
   }
   if (G::kStaged) group_barrier<G::kGroupWarps>(block.group + 1);  // the last rows are staged
-  block_barrier();  // every group is through: its memory is free
 
   if constexpr (G::kGroups == 1) {
+    // while the producers finish the last rows
     float* slab = p.slabs + static_cast<long long>(block.row) * G::kSlabElements;
     gradient.each_pair(block.split * G::kIn, [&](int element, float first, float second) {
       store_8_bytes(slab + element, make_uint2(as_bits(first), as_bits(second)));
     });
+    block_barrier();  // every group is through: its memory is free
   } else {
+    block_barrier();  // every group is through: its memory is free
     // the groups add to dweight in shared memory one after the other, so in a fixed order
     for (int turn = 0; turn < G::kTurns; ++turn) {
       if (turn == block.group) {
