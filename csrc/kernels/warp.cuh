@@ -41,9 +41,10 @@ DEVICE int block_count() {
 DEVICE uint4 load_16_bytes(const void* p) {
   return __ldcg(static_cast<const uint4*>(p));
 }
-// for data that does not change while kernels overlap, such as weights
+// for data that does not change while kernels overlap, such as weights; not __ldg, whose loads the
+// assembler moves behind `wait_for_kernel_before`
 DEVICE uint4 load_16_bytes_constant(const void* p) {
-  return __ldg(static_cast<const uint4*>(p));
+  return *static_cast<const uint4*>(p);
 }
 DEVICE uint2 load_8_bytes(const void* p) {
   return __ldcg(static_cast<const uint2*>(p));
