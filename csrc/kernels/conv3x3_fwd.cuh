@@ -288,8 +288,7 @@ DEVICE void convolve_rows_stride_2(const ForwardParams& p, const Share& units, i
   const StridedConvolution<T, C> convolution(halo);
   const int lane = thread_index() & 31;
   char* out = static_cast<char*>(p.out) +
-              kept(units.first * G::kImages * Out::kImageBytes +
-                   tile_pixel<2 * C>(0, 0, lane) * C * 4 + index * 32 + (lane & 3) * 8);
+              kept(tile_pixel<2 * C>(0, 0, lane) * C * 4 + index * 32 + (lane & 3) * 8);
   ChannelSums sums;
   Tile here, below;
   uint32_t step = 0;
@@ -300,18 +299,17 @@ DEVICE void convolve_rows_stride_2(const ForwardParams& p, const Share& units, i
       group_barrier<G::kGroupWarps>(group + 1);  // this step's rows are there
       below.clear();
       convolution.multiply(here, below, step, step + G::kHaloRowBytes, weights);
+      char* row = out + (unit * G::kImages * Out::kImageBytes + y * kRowBytes);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int image = C == 16 ? 0 : half;
         const int distance = image * Out::kImageBytes + tile_pixel<2 * C>(0, half, 0) * C * 4;
-        write_half_tile<T>(here, half, out + distance,
+        write_half_tile<T>(here, half, row + distance,
                            G::kImages == 1 || unit * G::kImages + image < p.images, sums);
       }
-      out += kRowBytes;
       here = below;
       step ^= 2 * G::kHaloRowBytes;
     }
-    out += (G::kImages - 1) * Out::kImageBytes;
   }
   finish_convolver<G>(sums, group * G::kConvolvers + index);
 }
