@@ -135,5 +135,5 @@ def test_refused_by_name_and_passed_on_by_auto(name, monkeypatch):
 
 
 def test_named_where_it_cannot_run():
-    with pytest.raises(RuntimeError, match="'cuda' cannot run trunk on cpu: .*no twins"):
+    with pytest.raises(RuntimeError, match="'cuda' cannot run trunk on cpu: .* need a CUDA GPU"):
         ops.trunk(**wrong(), implementation="cuda")

@@ -43,7 +43,7 @@ def why_not(implementation: str, device: torch.device, operation: str) -> str | 
         return f"{operation} has no implementation of that name"
     if implementation == "cuda":
         if operation == "trunk" and device.type == "cpu":
-            return "the kernels of trunk have no twins on the CPU"
+            return "the kernels of trunk need a CUDA GPU"
         return why_not_extension(device)
     if implementation == "triton":
         return why_not_triton(device)
