@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops.trunk_dataflow import Kept
+from cifar_resnet_fast.ops.trunk_dataflow import Kept, stride_of
 from cifar_resnet_fast.reference import Unit
 
 
@@ -130,12 +130,8 @@ class Kernels:
     def stem_backward(self, dz, sums, y, norm, pictures):
         self._convolve_backward(0, dz, sums, y, norm, pictures)
 
-    def _stride(self, i: int) -> int:
-        K, C = self.weights[i].shape[:2]
-        return 1 if i == 0 or K == C else 2
-
     def _convolve(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = F.conv2d(x, self.weights[i], stride=self._stride(i), padding=1)
+        y = F.conv2d(x, self.weights[i], stride=stride_of(i, self.weights[i]), padding=1)
         return y, sums_of(y)
 
     def _norm(self, i: int, y: Tensor, sums: Tensor) -> Tensor:
@@ -163,7 +159,7 @@ class Kernels:
         yhat = (widened(y) - per_channel(mean)) * per_channel(invstd)
         centred = widened(dz) - per_channel(dbn_bias / values)
         dy = per_channel(scale) * (centred - yhat * per_channel(dbn_weight / values))
-        stride, wanted = [self._stride(i)] * 2, [i > 0, True, False]
+        stride, wanted = [stride_of(i, self.weights[i])] * 2, [i > 0, True, False]
         form = (None, stride, [1, 1], [1, 1], False, [0, 0], 1)  # no bias; padding 1
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             dy.to(dz.dtype), x, self.weights[i], *form, wanted

@@ -10,6 +10,12 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
 
 
+def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> ops.Unit:
+    """The parameters, buffers and settings that ``conv`` and ``bn`` hold."""
+    statistics = (bn.running_mean, bn.running_var, bn.momentum, bn.eps)
+    return ops.Unit(conv.weight, bn.weight, bn.bias, *statistics)
+
+
 def apply_unit(
     x: Tensor,
     conv: nn.Conv2d,
@@ -24,36 +30,15 @@ def apply_unit(
     Where ``bn`` is a torch.nn.SyncBatchNorm, as its ``convert_sync_batchnorm`` makes them, it
     trains with the statistics of all processes, in plain PyTorch whatever ``implementation`` is.
     """
+    *tensors, momentum, eps = unit_of(conv, bn)
+    settings = {"stride": conv.stride[0], "shortcut": shortcut, "relu": relu}
+    settings |= {"momentum": momentum, "eps": eps}
     if bn.training:
         bn.num_batches_tracked.add_(1)
         if isinstance(bn, nn.SyncBatchNorm):
-            return ops.conv_sync_bn_relu(
-                x,
-                conv.weight,
-                bn.weight,
-                bn.bias,
-                bn.running_mean,
-                bn.running_var,
-                stride=conv.stride[0],
-                shortcut=shortcut,
-                relu=relu,
-                momentum=bn.momentum,
-                eps=bn.eps,
-            )
+            return ops.conv_sync_bn_relu(x, *tensors, **settings)
     return ops.conv_bn_relu(
-        x,
-        conv.weight,
-        bn.weight,
-        bn.bias,
-        bn.running_mean,
-        bn.running_var,
-        stride=conv.stride[0],
-        shortcut=shortcut,
-        relu=relu,
-        training=bn.training,
-        momentum=bn.momentum,
-        eps=bn.eps,
-        implementation=implementation,
+        x, *tensors, **settings, training=bn.training, implementation=implementation
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.checkpoint import read_checkpoint
-from cifar_resnet_fast.modules import BasicBlock, apply_unit, conv3x3
+from cifar_resnet_fast.modules import BasicBlock, apply_unit, conv3x3, unit_of
 
 STAGE_CHANNELS = (16, 32, 64)
 
@@ -86,18 +86,7 @@ class FastResNet(nn.Module):
         training = self.bn1.training
         if training:
             torch._foreach_add_([bn.num_batches_tracked for _, bn in layers], 1)
-        units = [
-            ops.Unit(
-                conv.weight,
-                bn.weight,
-                bn.bias,
-                bn.running_mean,
-                bn.running_var,
-                bn.momentum,
-                bn.eps,
-            )
-            for conv, bn in layers
-        ]
+        units = [unit_of(conv, bn) for conv, bn in layers]
         return ops.trunk(x, units, training=training, implementation=self.implementation)
 
     def _why_layer_by_layer(self, x: Tensor) -> str | None:

@@ -51,7 +51,7 @@ def kernels_run(device, monkeypatch):
             emulation.load_operations()
             emulation.load().set_order("last_warp_first")
             monkeypatch.setattr(choice, "why_not", lambda *_: None)
-            monkeypatch.setattr(trunk_cuda, "blocks_on", lambda _: 2)
+            monkeypatch.setattr(trunk_cuda, "multiprocessors", lambda _: 2)
 
     return prepare
 

@@ -31,7 +31,7 @@ def emulated(monkeypatch):
         pytest.skip("needs the extension and a C++ compiler")
     emulation.load_operations()
     emulation.load().set_order("last_warp_first")
-    monkeypatch.setattr(trunk_cuda, "blocks_on", lambda _: 2)
+    monkeypatch.setattr(trunk_cuda, "multiprocessors", lambda _: 2)
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,11 @@ REFUSED_BY_ALL = {
         ValueError,
         r"bn_bias 2 must have shape \(16,\), got \(3,\)",
     ),
+    "integers": (
+        {"units": with_unit(2, bn_bias=torch.ones(16, dtype=torch.int64))},
+        TypeError,
+        "bn_bias 2 must be of a floating dtype, got torch.int64",
+    ),
     "momentum": (
         {"units": with_unit(2, momentum=None)},
         TypeError,

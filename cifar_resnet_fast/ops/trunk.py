@@ -3,13 +3,14 @@
 Twin: ``reference.trunk``. Order of the kernels: trunk_dataflow.py; autograd: trunk_autograd.py.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops import choice, trunk_cuda
+from cifar_resnet_fast.ops import choice, trunk_cuda, trunk_dataflow
 from cifar_resnet_fast.ops.checks import (
     check_number,
     check_shape,
@@ -67,8 +68,8 @@ def _check(pictures: Tensor, units: Sequence[Unit], training: bool) -> None:
     check_tensor("pictures", pictures, "N C H W")
     if len(units) < 3 or len(units) % 2 == 0:
         raise ValueError(f"units must be 2n + 1 with n of at least 1, got {len(units)}")
-    N, C, H, W = pictures.shape
-    weight_dtypes = (pictures.dtype, torch.float32) if pictures.element_size() == 2 else ()
+    C = pictures.shape[1]
+    weight_dtypes = {pictures.dtype, torch.float32 if pictures.element_size() == 2 else None}
     for i, unit in enumerate(units):
         K = unit.weight.shape[0] if unit.weight.dim() else 0
         # a glance, as this runs before every step; what is wrong is found out at leisure
@@ -76,15 +77,14 @@ def _check(pictures: Tensor, units: Sequence[Unit], training: bool) -> None:
             unit.weight.shape == (K, C, 3, 3)
             and unit.weight.dtype in weight_dtypes
             and all(t.device == pictures.device for t in unit[:5])
-            and all(vector.shape == (K,) for vector in unit[1:5])
+            and all(v.shape == (K,) and v.dtype.is_floating_point for v in unit[1:5])
             and type(unit.momentum) is type(unit.eps) is float
             and (K == C or (i % 2 and K == 2 * C) or i == 0)
         )
         if not sound:
             _check_unit(i, unit, pictures, C)
-        if i % 2 and K != C:
-            H, W = -(-H // 2), -(-W // 2)
         C = K
+    N, _, H, W = trunk_dataflow.shapes_of_y(pictures, [unit.weight for unit in units])[-1]
     if training and N * H * W == 1:
         raise ValueError(
             f"pictures must give more than 1 value per channel when training, "
@@ -158,16 +158,13 @@ def _broken_rule(
     if implementation == "triton":
         if any(K % 16 for K in channels):
             return ValueError(f"units must have multiples of 16 channels {named}, got {channels}")
-        elements = 0
-        for i, K in enumerate(channels):
-            if i % 2 and channels[i - 1] != K:
-                H, W = -(-H // 2), -(-W // 2)
-            elements = max(elements, N * K * H * W)
+        shapes = trunk_dataflow.shapes_of_y(pictures, [unit.weight for unit in units])
+        elements = max(map(math.prod, shapes))
         if elements >= 2**31:
             return ValueError(
                 f"activations must have fewer than 2**31 elements {named}, got up to {elements}"
             )
-        vectors = (Unit._fields[1:5],) * len(units)
+        names = Unit._fields[1:5]
     else:
         if (H, W) != (32, 32):
             return ValueError(f"pictures must be 32 x 32 {named}, got {H} x {W}")
@@ -179,8 +176,8 @@ def _broken_rule(
             return ValueError(
                 f"units must have {trunk_cuda.CHANNELS} channels {named}, got {channels}"
             )
-        vectors = (Unit._fields[:5],) * len(units)
-    for i, (unit, names) in enumerate(zip(units, vectors, strict=True)):
+        names = Unit._fields[:5]
+    for i, unit in enumerate(units):
         for name in names:
             tensor = getattr(unit, name)
             if implementation == "cuda" and tensor.dtype != torch.float32:

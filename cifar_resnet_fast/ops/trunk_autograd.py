@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cifar_resnet_fast.ops import trunk_cuda, trunk_dataflow
+from cifar_resnet_fast.ops.shortcut_a_cuda import empty_channels_last
 from cifar_resnet_fast.ops.trunk_dataflow import Kept
 from cifar_resnet_fast.reference import Unit
 
@@ -136,22 +137,11 @@ def _forward_op(
     return [*running[0], *running[1], *trunk_fwd(implementation, pictures, *columns, keep)]
 
 
-def _compiled_fwd(
-    implementation,
-    pictures,
-    weights,
-    bn_weights,
-    bn_biases,
-    running_means,
-    running_vars,
-    momenta,
-    eps,
-    keep,
-) -> list[Tensor]:
+def _compiled_fwd(implementation, pictures, *columns_and_keep) -> list[Tensor]:
     """``trunk_fwd`` for torch.compile."""
+    _, _, _, running_means, running_vars, *_ = columns_and_keep
     running = [*running_means, *running_vars]
-    columns = (weights, bn_weights, bn_biases, running_means, running_vars, momenta, eps)
-    made = _forward_op(implementation, pictures, *columns, keep)
+    made = _forward_op(implementation, pictures, *columns_and_keep)
     torch._foreach_copy_(running, made[: len(running)])
     return made[len(running) :]
 
@@ -170,26 +160,15 @@ def fake_trunk_fwd(
     implementation: str, pictures: Tensor, weights: list[Tensor], keep: bool
 ) -> list[Tensor]:
     """Tensors like those of ``trunk_fwd``, which nobody has written."""
-    N, _, H, W = pictures.shape
-    y, norm, x = [], [], []
-    for i, weight in enumerate(weights):
-        K, C = weight.shape[:2]
-        if i % 2 == 1:
-            x.append(_empty(pictures, (N, C, H, W)))
-            H, W = (H, W) if K == C else ((H + 1) // 2, (W + 1) // 2)
-        y.append(_empty(pictures, (N, K, H, W)))
-        norm.append(pictures.new_empty((4, K), dtype=torch.float32))
-    pooled = pictures.new_empty((N, K), dtype=torch.float32)
+    shapes = trunk_dataflow.shapes_of_y(pictures, weights)
+    pooled = pictures.new_empty(shapes[-1][:2], dtype=torch.float32)
     if not keep:
         return [pooled]
+    y = [empty_channels_last(shape, pictures) for shape in shapes]
+    norm = [pictures.new_empty((4, K), dtype=torch.float32) for _, K, _, _ in shapes]
+    x = [torch.empty_like(before) for before in y[:-1:2]]  # what a block's input is made from
     mask, packed = kernels_of(implementation).like_mask_and_weights(y[-1], weights)
     return [pooled, *Kept(mask, y, norm, x, packed).flat()]
-
-
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
 
 
 @_backward_op.register_fake

@@ -5,25 +5,19 @@ pictures, 16, 32 and 64 channels. A kernel merges the sums that the one before l
 its weight gradient's slabs, in its own first microseconds.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar_resnet_fast.ops.trunk_dataflow import Kept
+from cifar_resnet_fast.kernels.launch import multiprocessors
+from cifar_resnet_fast.ops.trunk_dataflow import Kept, stride_of
 from cifar_resnet_fast.reference import Unit
 
 CHANNELS = (16, 32, 64)
 MOST_PICTURES = 65535
 _PICTURE_STRIDES = (4 * 32 * 32, 1, 4 * 32, 4)
-
-
-@functools.cache
-def blocks_on(device: torch.device) -> int:
-    """Blocks a launch: one for each multiprocessor, which it fills."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def pictures_for_kernels(pictures: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,7 +67,7 @@ class Kernels:
     def __init__(self, units: Sequence[Unit], pictures: Tensor, kept: Kept | None = None):
         self._ops = torch.ops.cifar_resnet_fast
         self._units = units
-        self._blocks = blocks_on(pictures.device)
+        self._blocks = multiprocessors(pictures.device)  # a block fills one
         weights = [unit.weight for unit in units]
         if kept is None:
             self.weights = [self._ops.prepare_weights(weights, pictures)]
@@ -93,9 +87,9 @@ class Kernels:
         return self._ops.stem_forward(pictures, self._forward[0], self._blocks)
 
     def f1(self, i, y, sums, shortcut):
-        K, C = self._units[i].weight.shape[:2]
+        stride = stride_of(i, self._units[i].weight)
         x, out, out_sums, norm = self._ops.conv3x3_f1(
-            y, sums, *self._norm(i - 1), shortcut, self._forward[i], K // C, self._blocks
+            y, sums, *self._norm(i - 1), shortcut, self._forward[i], stride, self._blocks
         )
         return x, norm, out, out_sums
 
@@ -131,7 +125,7 @@ class Kernels:
         return dz, sums
 
     def b1(self, i, dz, sums, y, norm, y_before, norm_before, x, residual):
-        K, C = self._units[i].weight.shape[:2]
+        stride = stride_of(i, self._units[i].weight)
         dz, sums, *made = self._ops.conv3x3_b1(
             dz,
             y,
@@ -144,7 +138,7 @@ class Kernels:
             norm_before,
             self._backward[i],
             *self._left,
-            K // C,
+            stride,
             self._blocks,
         )
         self._leave(i, *made)
@@ -166,7 +160,7 @@ class Kernels:
 
 def evaluate(units: Sequence[Unit], pictures: Tensor) -> Tensor:
     """[N, 64] float32. The trunk with the running statistics, folded into the weights."""
-    ops, blocks = torch.ops.cifar_resnet_fast, blocks_on(pictures.device)
+    ops, blocks = torch.ops.cifar_resnet_fast, multiprocessors(pictures.device)
     *columns, _, eps = zip(*units, strict=True)
     columns = [list(column) for column in columns]
     fragments, biases = ops.fold_weights(*columns, list(eps), pictures)
@@ -175,7 +169,7 @@ def evaluate(units: Sequence[Unit], pictures: Tensor) -> Tensor:
     x = ops.stem_evaluate(pictures, fragments[0], biases[0], blocks)
     for first in range(1, len(units), 2):
         second = first + 1
-        K, C = units[first].weight.shape[:2]
-        a = ops.conv3x3_evaluate(x, fragments[first], biases[first], None, K // C, blocks)
+        stride = stride_of(first, units[first].weight)
+        a = ops.conv3x3_evaluate(x, fragments[first], biases[first], None, stride, blocks)
         x = ops.conv3x3_evaluate(a, fragments[second], biases[second], x, 1, blocks)
     return x.mean((2, 3), dtype=torch.float32)

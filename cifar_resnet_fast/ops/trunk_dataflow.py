@@ -34,6 +34,23 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
+def stride_of(i: int, weight: Tensor) -> int:
+    """Of unit i's convolution: 2 where a stage begins."""
+    K, C = weight.shape[:2]
+    return 1 if i == 0 or K == C else 2
+
+
+def shapes_of_y(pictures: Tensor, weights: Sequence[Tensor]) -> list[tuple[int, int, int, int]]:
+    """[N, K, H, W] of every unit's y."""
+    N, _, H, W = pictures.shape
+    shapes = []
+    for i, weight in enumerate(weights):
+        if stride_of(i, weight) == 2:
+            H, W = (H + 1) // 2, (W + 1) // 2
+        shapes.append((N, weight.shape[0], H, W))
+    return shapes
+
+
 class Kept(NamedTuple):
     """What the backward pass needs of the forward one, for 2n + 1 units in n blocks."""
 

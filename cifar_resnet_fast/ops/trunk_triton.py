@@ -14,7 +14,7 @@ from cifar_resnet_fast.kernels import bn
 from cifar_resnet_fast.kernels.conv3x3_bwd import conv3x3_bwd
 from cifar_resnet_fast.kernels.conv3x3_fwd import conv3x3_fwd
 from cifar_resnet_fast.kernels.shortcut_a import shortcut_a_bwd, shortcut_a_fwd
-from cifar_resnet_fast.ops.trunk_dataflow import Kept
+from cifar_resnet_fast.ops.trunk_dataflow import Kept, stride_of
 from cifar_resnet_fast.reference import Unit
 
 
@@ -40,10 +40,6 @@ def like_mask_and_weights(y: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor,
     return torch.empty_like(y), [
         torch.empty_like(weight, dtype=y.dtype, memory_format=form) for weight in weights
     ]
-
-
-def _stride(unit: Unit) -> int:
-    return 1 if unit.weight.shape[0] == unit.weight.shape[1] else 2
 
 
 def _matching(shortcut: Tensor | None, y: Tensor) -> Tensor | None:
@@ -83,7 +79,7 @@ class Kernels:
         out, out_sums, x = conv3x3_fwd(
             y,
             self.weights[i],
-            stride=_stride(self._units[i]),
+            stride=stride_of(i, self._units[i].weight),
             sums=True,
             x_affine=norm,
             x_shortcut=_matching(shortcut, y),
@@ -120,7 +116,7 @@ class Kernels:
         )
 
     def b1(self, i, dz, sums, y, norm, y_before, norm_before, x, residual):
-        if _stride(self._units[i]) == 2:
+        if stride_of(i, self._units[i].weight) == 2:
             residual = shortcut_a_bwd(residual, *x.shape[1:], 2)
         return self._backward(
             i, dz, sums, y, norm, x=x, raw=y_before, raw_affine=norm_before, residual=residual
@@ -144,7 +140,7 @@ class Kernels:
             coef,
             x,
             self.weights[i],
-            stride=1 if i == 0 else _stride(unit),
+            stride=stride_of(i, unit.weight),
             relu=False,
             dx=i > 0,
             dweight=dweight,
@@ -159,7 +155,7 @@ def evaluate(units: Sequence[Unit], pictures: Tensor) -> Tensor:
     def apply(x: Tensor, i: int, shortcut: Tensor | None = None) -> Tensor:
         unit = units[i]
         running = (unit.bn_weight, unit.bn_bias, unit.running_mean, unit.running_var, unit.eps)
-        stride = 1 if i == 0 else _stride(unit)
+        stride = stride_of(i, unit.weight)
         a, _, _ = conv3x3_fwd(
             x, weights[i], stride=stride, running=running, shortcut=shortcut, relu=True
         )
