@@ -34,8 +34,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m bench.report
 
 kernels-report: $(INSTALLED)
-	$(BIN)/python bench/ptxas_report.py
-	$(BIN)/python -m bench.triton_report
+	$(BIN)/python tools/ptxas_report.py
+	$(BIN)/python -m tools.triton_report
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -10,10 +10,10 @@ from torch.optim.sgd import sgd as torch_sgd
 from bench import traffic
 from bench.traffic import SIDES, Sizes, Work
 from cifar_resnet_fast import ops, reference
-from cifar_resnet_fast.config import TrainConfig
-from cifar_resnet_fast.loader import CROP_PADDING, draw_epoch
-from cifar_resnet_fast.optimizer import flatten
+from cifar_resnet_fast.data.loader import CROP_PADDING, draw_epoch
 from cifar_resnet_fast.resnet import STAGE_CHANNELS, FastResNet
+from cifar_resnet_fast.training.config import TrainConfig
+from cifar_resnet_fast.training.optimizers import flatten
 
 Tensors = dict[str, Tensor]
 

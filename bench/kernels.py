@@ -21,7 +21,7 @@ from bench.measure import Call, check, without_tf32
 from bench.suite import Suite, Unavailable, flags
 from bench.traffic import Sizes
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.engine import DTYPES
+from cifar_resnet_fast.training.engine import DTYPES
 
 EAGER, COMPILE = "eager", "compile"
 Run = Callable[[Tensors], Tensors]

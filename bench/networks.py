@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.suite import Unavailable
-from cifar_resnet_fast.capture import capture_for
-from cifar_resnet_fast.engine import DTYPES, Engine
-from cifar_resnet_fast.loader import Loader
+from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
+from cifar_resnet_fast.training.capture import capture_for
+from cifar_resnet_fast.training.engine import DTYPES, Engine
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4
 LOSS_SCALE = 1024.0  # of float16: keeps small gradients

@@ -13,9 +13,9 @@ Launches without a measurement take their floor at best and twice that at worst.
 from collections.abc import Iterable
 from dataclasses import replace
 
-from bench import ptxas_report
 from bench.cards import CARDS, Card
 from bench.traffic import Sizes, Work, backward_1, backward_2, forward_1, forward_2
+from tools import ptxas_report
 
 # H100 80GB HBM3 (SXM), batch 1024, bf16, 2026-11-22: prototypes of the convolutions. Microseconds
 # a layer by stage, mean of a block's two; merge of the statistics and slab sum included.

@@ -14,8 +14,8 @@ from bench import prediction
 from bench import traffic as kernels
 from bench.cards import CARDS, Card
 from bench.traffic import SIDES, Sizes, Work, place
-from cifar_resnet_fast.engine import DTYPES
 from cifar_resnet_fast.resnet import STAGE_CHANNELS, check_depth
+from cifar_resnet_fast.training.engine import DTYPES
 
 RECIPE_STEPS = 160 * (50_000 // 1024)  # epochs times full batches
 
@@ -48,7 +48,7 @@ def parameters(depth: int, num_classes: int = 10) -> int:
 
 def trunk(depth: int, batch: int, dtype: str) -> tuple[list[Work], list[Work]]:
     """The launches of the network's body by the raw dataflow, forward and backward, each in the
-    order of ``ops.trunk_dataflow``; arguments as ``training_step``'s."""
+    order of ``ops._trunk.schedule``; arguments as ``training_step``'s."""
     s, shortcut = Sizes(batch, dtype), 0
     forward, backward = [kernels.stem_forward(s)], [kernels.head_backward(s)]
     for source, stage in blocks(depth):

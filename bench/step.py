@@ -29,8 +29,8 @@ from bench.networks import (
 )
 from bench.suite import Suite, flags, rates, timed
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.engine import DTYPES
 from cifar_resnet_fast.resnet import check_depth
+from cifar_resnet_fast.training.engine import DTYPES
 
 PACKAGE = ("auto", *(name for name in ops.IMPLEMENTATIONS if name != "reference"))
 CHECKED_PICTURES = 128  # of a training step: float64 needs eight times the memory or more

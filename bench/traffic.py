@@ -16,8 +16,8 @@ dz1 dz2  gradients after the block's normalisations, masked by the ReLU behind e
 from dataclasses import dataclass
 
 from bench.cards import Card
-from cifar_resnet_fast.engine import DTYPES
 from cifar_resnet_fast.resnet import STAGE_CHANNELS
+from cifar_resnet_fast.training.engine import DTYPES
 
 SIDES = (32, 16, 8)  # pixels a row, of the three stages
 CONVOLUTIONS = (  # of the family: C, K, pixels a row of the input, stride

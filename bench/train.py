@@ -14,8 +14,8 @@ from pathlib import Path
 
 from bench.suite import Suite, flags
 from cifar_resnet_fast import ops, train
-from cifar_resnet_fast.config import TrainConfig
-from cifar_resnet_fast.logbook import read_metrics
+from cifar_resnet_fast.training.config import TrainConfig
+from cifar_resnet_fast.training.logbook import read_metrics
 
 # flags of the training that a suite without its own may change
 QUICK = {"epochs": 8, "milestones": (5, 7), "warmup_epochs": 1.0}

@@ -1,6 +1,6 @@
 """The trunk's kernels, one by one: ``python -m bench.trunk``.
 
-Every kernel of ``ops.trunk_dataflow`` at each place where the network has it, and the weights'
+Every kernel of ``ops._trunk.schedule`` at each place where the network has it, and the weights'
 preparation: ``cuda``, ``triton`` and plain PyTorch, unfused (``eager``). A training step of a
 ResNet-20, which has every place that deeper networks have, runs on an implementation's kernels and
 each call is kept with its tensors; one is then held against float64 and timed by repeating it. So
@@ -30,7 +30,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bench import plain_kernels, roofline, traffic
+from bench import roofline, traffic
 from bench.cards import Card
 from bench.cases import Draw
 from bench.kernels import EAGER, parse, sizes
@@ -38,10 +38,12 @@ from bench.measure import Call, check, without_tf32
 from bench.suite import Suite, Unavailable, flags
 from bench.traffic import SIDES, Sizes, Work
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.engine import DTYPES
-from cifar_resnet_fast.ops import trunk_autograd, trunk_dataflow
+from cifar_resnet_fast.ops._trunk import autograd as trunk_autograd
+from cifar_resnet_fast.ops._trunk import plain as plain_kernels
+from cifar_resnet_fast.ops._trunk import schedule
 from cifar_resnet_fast.reference import Unit
 from cifar_resnet_fast.resnet import STAGE_CHANNELS
+from cifar_resnet_fast.training.engine import DTYPES
 
 IMPLEMENTATIONS = ("cuda", "triton", EAGER)
 DEPTH = 20
@@ -126,26 +128,26 @@ def draw(
 
 @dataclass(frozen=True)
 class Step:
-    """A call of one of ``trunk_dataflow.Kernels``' methods, to be repeated.
+    """A call of one of ``schedule.Kernels``' methods, to be repeated.
 
     kernels: as they were when it came
     units: theirs, whose running statistics it updates
     method, arguments: of the call, by name
     """
 
-    kernels: trunk_dataflow.Kernels
+    kernels: schedule.Kernels
     units: list[Unit]
     method: str
     arguments: dict[str, Tensor | int | None]
 
-    def on(self, kernels: trunk_dataflow.Kernels) -> tuple | None:
+    def on(self, kernels: schedule.Kernels) -> tuple | None:
         return getattr(kernels, self.method)(**self.arguments)
 
 
 class Recorder:
     """Kernels that add every call to ``steps``."""
 
-    def __init__(self, kernels: trunk_dataflow.Kernels, units: list[Unit], steps: list[Step]):
+    def __init__(self, kernels: schedule.Kernels, units: list[Unit], steps: list[Step]):
         self._kernels, self._units, self._steps = kernels, units, steps
 
     def __getattr__(self, name: str):
@@ -166,9 +168,9 @@ def record(module: ModuleType, problem: Problem) -> list[Step]:
     units, steps = problem.units, []
     pictures = module.pictures_for_kernels(problem.pictures, problem.pictures.dtype)
     kernels = Recorder(module.Kernels(units, pictures), units, steps)
-    _, kept = trunk_dataflow.forward(kernels, pictures, len(units), keep=True)
+    _, kept = schedule.forward(kernels, pictures, len(units), keep=True)
     kernels = Recorder(module.Kernels(units, pictures, kept), units, steps)
-    trunk_dataflow.backward(kernels, problem.dpooled, pictures, kept)
+    schedule.backward(kernels, problem.dpooled, pictures, kept)
     return steps
 
 

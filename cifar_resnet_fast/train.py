@@ -19,14 +19,20 @@ import torch
 
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.checkpoint import read_checkpoint
-from cifar_resnet_fast.config import TrainConfig, flag_of, parse_flags, with_flag_name
-from cifar_resnet_fast.datasets import find_dataset, load_dataset
-from cifar_resnet_fast.engine import DTYPES, Evaluator
-from cifar_resnet_fast.loader import Loader
-from cifar_resnet_fast.memory import BatchTooLargeError
+from cifar_resnet_fast.data.datasets import find_dataset, load_dataset
+from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.processes import Processes, ProcessLostError
 from cifar_resnet_fast.resnet import FastResNet, load_checkpoint, read_weights
-from cifar_resnet_fast.run import IMAGENET_STATISTICS, Run, RunData, RunStopped, write_json
+from cifar_resnet_fast.training.config import TrainConfig, flag_of, parse_flags, with_flag_name
+from cifar_resnet_fast.training.engine import DTYPES, Evaluator
+from cifar_resnet_fast.training.memory import BatchTooLargeError
+from cifar_resnet_fast.training.run import (
+    IMAGENET_STATISTICS,
+    Run,
+    RunData,
+    RunStopped,
+    write_json,
+)
 
 # what a command line may change with --resume: where things are and how they are shown
 _FREE_ON_RESUME = {"resume", "data_root", "device", "tensorboard", "timeout"}

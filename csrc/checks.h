@@ -1,5 +1,5 @@
 // Argument checks of the operations in C++, before anything is launched. Rules and words are those
-// of cifar_resnet_fast/ops/checks.py, for callers that come straight through torch.ops.
+// of cifar_resnet_fast/ops/_checks.py, for callers that come straight through torch.ops.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,5 +1,5 @@
 // The kernels of the network's trunk as torch calls them: check, allocate, fill the params,
-// launch. cifar_resnet_fast/ops/trunk_cuda.py calls them in order, the convolutions right behind
+// launch. cifar_resnet_fast/ops/_trunk/cuda.py calls them in order, the convolutions right behind
 // each other: a convolution may start before the kernel before it has ended, and only
 // stem_forward and stem_evaluate wait for whoever made the fragments.
 // kernels/{conv3x3,stem,head,weights}.h say what each computes.

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.ops import choice, trunk_cuda
+from cifar_resnet_fast.ops import _dispatch as choice
+from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton

@@ -9,12 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import prediction, ptxas_report, roofline, traffic
+from bench import prediction, roofline, traffic
 from bench.cards import CARDS, Card
 from bench.traffic import Sizes
 from cifar_resnet_fast import FastResNet
-from cifar_resnet_fast.engine import DTYPES
 from cifar_resnet_fast.modules import BasicBlock
+from cifar_resnet_fast.training.engine import DTYPES
+from tools import ptxas_report
 
 DEPTHS = (8, 20, 56)
 MEASURED = Card("H100", 3.0e12, 600e12, 60e12, 90, "measured 2026-11-22")

@@ -12,8 +12,8 @@ from bench.measure import WrongResult
 from bench.suite import Unavailable
 from bench.traffic import Sizes
 from cifar_resnet_fast import FastResNet, ops
-from cifar_resnet_fast.ops import choice
-from cifar_resnet_fast.optimizer import FlatSGD
+from cifar_resnet_fast.ops import _dispatch as choice
+from cifar_resnet_fast.training.optimizers import FlatSGD
 
 CPU = torch.device("cpu")
 SUITES = {"kernels": kernels, "trunk": trunk, "step": step, "loader": loader, "train": train}

@@ -14,11 +14,12 @@ import emulation
 import pytest
 import torch
 
-from bench import plain_kernels, prediction, roofline, trunk
+from bench import prediction, roofline, trunk
 from bench.measure import WrongResult
 from bench.suite import Unavailable
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.ops import trunk_cuda
+from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
+from cifar_resnet_fast.ops._trunk import plain as plain_kernels
 
 CPU = torch.device("cpu")
 SCHEDULED = [place for place in trunk.places() if place.position is not None]
@@ -144,7 +145,7 @@ def test_cuda_kernels_pass_the_check(dtype, N):
     ops.why_not("triton", CPU, "trunk") is not None, reason="needs Triton's interpreter"
 )
 def test_triton_kernels_pass_the_check():
-    from cifar_resnet_fast.ops import trunk_triton
+    from cifar_resnet_fast.ops._trunk import triton as trunk_triton
 
     problem = trunk.draw(8, 2, torch.float16, CPU)
     small = dataclasses.replace(problem, pictures=problem.pictures[:, :, :8, :8])

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ptxas_report
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.ops import extension
+from cifar_resnet_fast.ops import _extension as extension
+from tools import ptxas_report
 
 ROOT = Path(__file__).parents[1]
 SHARED_MEMORY = 101_376  # bytes a block can have on the RTX 30 and 40 series

@@ -380,7 +380,7 @@ def test_compile_whole_graph(training, device):
 
 def test_operations_are_registered_rightly(device):
     """Schema and fake implementation of what torch.compile sees."""
-    from cifar_resnet_fast.ops import conv_bn_relu_triton as module
+    from cifar_resnet_fast.ops._conv_bn_relu import triton as module
 
     inputs, da = make_inputs(CASES["into-a-stage-from-odd-sizes"], torch.float16, device)
     tests = ("test_schema", "test_faketensor")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_resnet_fast import datasets, shapes
-from cifar_resnet_fast.datasets import DataUnavailableError, find_dataset, load_dataset
+from cifar_resnet_fast.data import datasets, shapes
+from cifar_resnet_fast.data.datasets import DataUnavailableError, find_dataset, load_dataset
 
 # --- shapes ------------------------------------------------------------------------------------
 

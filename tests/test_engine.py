@@ -7,10 +7,10 @@ import torch
 from rehearsal import Rehearsal
 
 from cifar_resnet_fast import FastResNet
-from cifar_resnet_fast.capture import CudaGraphs, Readback
-from cifar_resnet_fast.engine import Engine
-from cifar_resnet_fast.loader import Loader
+from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.processes import Processes
+from cifar_resnet_fast.training.capture import CudaGraphs, Readback
+from cifar_resnet_fast.training.engine import Engine
 
 STEPS, EPOCHS = 3, 2  # 3 batches of 4 an epoch, one picture left over
 
@@ -115,7 +115,7 @@ def test_replayed_steps_are_the_eager_ones(variant, monkeypatch):
 def test_triton_kernels_are_replayed(monkeypatch):
     """The batch and the update by kernels, in the interpreter; the layers in plain PyTorch."""
     usual, _ = train(make_engine(loader={"cutout": 8}), 2)
-    for module in ("augment", "sgd"):
+    for module in ("_load_batch", "_sgd"):
         module = sys.modules[f"cifar_resnet_fast.ops.{module}"]
         monkeypatch.setattr(module, "choose", lambda *_: "triton")
     monkeypatch.setattr("cifar_resnet_fast.kernels.sgd.BLOCK", 32768)  # programs are slow here

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cifar_resnet_fast import ops, reference
-from cifar_resnet_fast.loader import CROP_PADDING, Loader, draw_epoch
+from cifar_resnet_fast.data.loader import CROP_PADDING, Loader, draw_epoch
 
 STATISTICS = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 

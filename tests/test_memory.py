@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cifar_resnet_fast.engine import Engine
-from cifar_resnet_fast.memory import largest_batch
 from cifar_resnet_fast.train import main
+from cifar_resnet_fast.training.engine import Engine
+from cifar_resnet_fast.training.memory import largest_batch
 
 
 def memory(fixed, each, limit, lost=0):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cifar_resnet_fast import FastResNet, ops
-from cifar_resnet_fast.optimizer import (
+from cifar_resnet_fast.training.optimizers import (
     AveragedWeights,
     FlatSGD,
     flatten,

@@ -24,7 +24,8 @@ TINY = (
 SAME_WEIGHTS = """
 import sys, torch
 import torch.distributed as dist
-from cifar_resnet_fast import processes, run, train
+from cifar_resnet_fast import processes, train
+from cifar_resnet_fast.training import run
 
 finish = run.Run._finish_epoch
 
@@ -77,7 +78,8 @@ sys.exit(train.main(sys.argv[2:]))
 # the second process dies at once, or answers nothing any more
 LOST = """
 import os, signal, sys, time
-from cifar_resnet_fast import engine, train
+from cifar_resnet_fast import train
+from cifar_resnet_fast.training import engine
 
 step = engine.Engine.train_step
 
@@ -94,7 +96,8 @@ sys.exit(train.main(sys.argv[2:]))
 """
 IS_TOLD_TO_STOP = """
 import os, signal, sys
-from cifar_resnet_fast import engine, train
+from cifar_resnet_fast import train
+from cifar_resnet_fast.training import engine
 
 step = engine.Engine.train_step
 

@@ -12,8 +12,8 @@ import torch
 from rehearsal import Rehearsal
 
 from cifar_resnet_fast import FastResNet, load_checkpoint
-from cifar_resnet_fast.engine import Engine
 from cifar_resnet_fast.train import main
+from cifar_resnet_fast.training.engine import Engine
 
 # ResNet-8 on 64 drawn pictures: 4 steps an epoch, well under a second
 TINY = (
@@ -207,7 +207,7 @@ def test_resume_is_exact(tmp_path, monkeypatch, capsys, settings, stops):
 
 
 def captured_by(monkeypatch, capture):
-    monkeypatch.setattr("cifar_resnet_fast.run.capture_for", lambda device: capture)
+    monkeypatch.setattr("cifar_resnet_fast.training.run.capture_for", lambda device: capture)
 
 
 def assert_same_end(folder, finished):
@@ -349,7 +349,9 @@ def test_cuda_without_a_gpu(capsys):
 
 
 def test_cifar10_without_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cifar_resnet_fast.datasets._why_unreachable", lambda *a: "no network")
+    monkeypatch.setattr(
+        "cifar_resnet_fast.data.datasets._why_unreachable", lambda *a: "no network"
+    )
     arguments = ["--dataset", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "run"]
     shown = bad_input(arguments, capsys)
     assert "put cifar-10-batches-py" in shown
@@ -493,7 +495,7 @@ def test_a_real_divergence_leaves_no_bad_checkpoint(tmp_path, capsys):
 
 @pytest.mark.parametrize(("every", "steps"), [(10.0, [4, 12]), (0.0, [4, 8, 12])])
 def test_checkpoints_of_short_epochs_are_left_out(tmp_path, monkeypatch, every, steps):
-    from cifar_resnet_fast import run as run_module
+    from cifar_resnet_fast.training import run as run_module
 
     save, saved = run_module.save_checkpoint, []
 
@@ -508,7 +510,7 @@ def test_checkpoints_of_short_epochs_are_left_out(tmp_path, monkeypatch, every, 
 
 
 def test_full_disk(tmp_path, monkeypatch, capsys):
-    from cifar_resnet_fast import run as run_module
+    from cifar_resnet_fast.training import run as run_module
 
     save, calls = run_module.save_checkpoint, []
 

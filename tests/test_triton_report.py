@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import dataclasses, json, sys
-from bench.triton_report import kernel_resources
+from tools.triton_report import kernel_resources
 arch, dtype, stages = json.loads(sys.argv[1])
 for r in kernel_resources(arch, dtype, stages):
     print(json.dumps({**dataclasses.asdict(r), "fits": r.fits()}))

@@ -14,10 +14,12 @@ from budget import assert_within_budget
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import plain_kernels
 from cifar_resnet_fast import FastResNet, ops, reference
-from cifar_resnet_fast.ops import trunk_autograd, trunk_cuda, trunk_dataflow
-from cifar_resnet_fast.ops.trunk_dataflow import Kept
+from cifar_resnet_fast.ops._trunk import autograd as trunk_autograd
+from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
+from cifar_resnet_fast.ops._trunk import plain as plain_kernels
+from cifar_resnet_fast.ops._trunk import schedule
+from cifar_resnet_fast.ops._trunk.schedule import Kept
 from cifar_resnet_fast.reference import Unit
 
 half, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
@@ -145,9 +147,9 @@ def test_the_schedule_is_the_network(device, monkeypatch):
     problem = Problem(14, 2, torch.float64, device)
     units = [Unit(*[t.detach() for t in u[:5]], *u[5:]) for u in problem.copies(torch.float64)]
     kernels = plain_kernels.Kernels(units, problem.pictures)
-    pooled, kept = trunk_dataflow.forward(kernels, problem.pictures, len(units), keep=True)
+    pooled, kept = schedule.forward(kernels, problem.pictures, len(units), keep=True)
     kernels = plain_kernels.Kernels(units, problem.pictures, kept)
-    trunk_dataflow.backward(kernels, problem.dpooled.double(), problem.pictures, kept)
+    schedule.backward(kernels, problem.dpooled.double(), problem.pictures, kept)
     for unit, gradients in zip(units, kernels.gradients, strict=True):
         for tensor, gradient in zip(unit[:3], gradients, strict=True):
             tensor.grad = gradient

@@ -6,7 +6,8 @@ from test_trunk import Problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cifar_resnet_fast import ops, reference
-from cifar_resnet_fast.ops import choice, trunk_autograd
+from cifar_resnet_fast.ops import _dispatch as choice
+from cifar_resnet_fast.ops._trunk import autograd as trunk_autograd
 from cifar_resnet_fast.reference import Unit
 
 half = torch.float16

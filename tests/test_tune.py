@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import tune
 from cifar_resnet_fast.kernels import launch
 from cifar_resnet_fast.kernels.launch import Config
+from tools import tune
 
 START = Config(64, 32, 64, 4, 4, 3)
 
@@ -40,14 +40,14 @@ def test_says_what_it_needs():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-m", "bench.tune"],
+        [sys.executable, "-m", "tools.tune"],
         cwd=Path(__file__).parent.parent,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr == "bench.tune needs a CUDA GPU that runs Triton: no GPU is visible\n"
+    assert done.stderr == "tools.tune needs a CUDA GPU that runs Triton: no GPU is visible\n"
 
 
 def test_bad_input(monkeypatch, capsys):

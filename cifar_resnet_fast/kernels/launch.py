@@ -1,6 +1,6 @@
 """How each Triton kernel is launched, as data (layer 0).
 
-``TABLE`` holds what ``bench/tune.py`` measured on a card; everything else runs ``DEFAULTS``, one
+``TABLE`` holds what ``tools/tune.py`` measured on a card; everything else runs ``DEFAULTS``, one
 conservative configuration an operation, which neither spills nor passes 99 KB of shared memory
 on compute capability 8.0, 8.6, 8.9 or 9.0 (``make kernels-report``).
 
@@ -74,7 +74,7 @@ DEFAULTS = {
 INTERPRETER_TILES = Config(256, 64, 64, 2, 4, 1)
 INTERPRETER_ELEMENTS = Config(16384, 0, 0, 0, 4, 1)
 
-# (operation, C, K, dtype, compute capability): measured by bench/tune.py, card and date beside it
+# (operation, C, K, dtype, compute capability): measured by tools/tune.py, card and date beside it
 TABLE: dict[tuple[str, int, int, torch.dtype, tuple[int, int]], Config] = {}
 
 

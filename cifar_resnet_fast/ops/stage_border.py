@@ -6,7 +6,7 @@ Twin: ``reference.stage_border``.
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops.checks import (
+from cifar_resnet_fast.ops._checks import (
     check_affine,
     check_channels_last,
     check_dtype,
@@ -16,7 +16,7 @@ from cifar_resnet_fast.ops.checks import (
     check_tensor,
     is_channels_last,
 )
-from cifar_resnet_fast.ops.choice import choose
+from cifar_resnet_fast.ops._dispatch import choose
 from cifar_resnet_fast.ops.stage_border_cuda import stage_border_cuda
 
 

@@ -7,8 +7,8 @@ csrc/cpu.cpp.
 import torch
 from torch import Tensor
 
-from cifar_resnet_fast.ops.extension import WHY_NOT_LOADED
-from cifar_resnet_fast.ops.shortcut_a_cuda import empty_channels_last
+from cifar_resnet_fast.ops._extension import WHY_NOT_LOADED
+from cifar_resnet_fast.ops._shortcut_a.cuda import empty_channels_last
 
 
 def _register() -> None:

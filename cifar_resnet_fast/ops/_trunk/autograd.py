@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cifar_resnet_fast.ops import trunk_cuda, trunk_dataflow
-from cifar_resnet_fast.ops.shortcut_a_cuda import empty_channels_last
-from cifar_resnet_fast.ops.trunk_dataflow import Kept
+from cifar_resnet_fast.ops._shortcut_a.cuda import empty_channels_last
+from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
+from cifar_resnet_fast.ops._trunk import schedule
+from cifar_resnet_fast.ops._trunk.schedule import Kept
 from cifar_resnet_fast.reference import Unit
 
 
@@ -22,7 +23,7 @@ def kernels_of(implementation: str) -> ModuleType:
     """The module with an implementation's kernels; triton is imported only where it is used."""
     if implementation == "cuda":
         return trunk_cuda
-    from cifar_resnet_fast.ops import trunk_triton
+    from cifar_resnet_fast.ops._trunk import triton as trunk_triton
 
     return trunk_triton
 
@@ -78,7 +79,7 @@ def trunk_fwd(
     """The pooled activation and, where ``keep``, all of ``Kept``; updates the running values."""
     units = _units(weights, bn_weights, bn_biases, running_means, running_vars, momenta, eps)
     kernels = kernels_of(implementation).Kernels(units, pictures)
-    pooled, kept = trunk_dataflow.forward(kernels, pictures, len(units), keep)
+    pooled, kept = schedule.forward(kernels, pictures, len(units), keep)
     return [pooled, *kept.flat()] if keep else [pooled]
 
 
@@ -95,7 +96,7 @@ def trunk_bwd(
     units = _units(weights, bn_weights, *[nothing] * 5)
     saved = Kept.of(kept, len(units))
     kernels = kernels_of(implementation).Kernels(units, pictures, saved)
-    trunk_dataflow.backward(kernels, dpooled, pictures, saved)
+    schedule.backward(kernels, dpooled, pictures, saved)
     return [gradient for column in zip(*kernels.gradients, strict=True) for gradient in column]
 
 
@@ -160,7 +161,7 @@ def fake_trunk_fwd(
     implementation: str, pictures: Tensor, weights: list[Tensor], keep: bool
 ) -> list[Tensor]:
     """Tensors like those of ``trunk_fwd``, which nobody has written."""
-    shapes = trunk_dataflow.shapes_of_y(pictures, weights)
+    shapes = schedule.shapes_of_y(pictures, weights)
     pooled = pictures.new_empty(shapes[-1][:2], dtype=torch.float32)
     if not keep:
         return [pooled]

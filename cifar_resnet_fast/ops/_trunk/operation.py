@@ -1,6 +1,6 @@
 """The network's body as one operation: checks and choice of kernels (layer 1).
 
-Twin: ``reference.trunk``. Order of the kernels: trunk_dataflow.py; autograd: trunk_autograd.py.
+Twin: ``reference.trunk``. Order of the kernels: schedule.py; autograd: autograd.py.
 """
 
 import math
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops import choice, trunk_cuda, trunk_dataflow
-from cifar_resnet_fast.ops.checks import (
+from cifar_resnet_fast.ops import _dispatch as choice
+from cifar_resnet_fast.ops._checks import (
     check_number,
     check_shape,
     check_tensor,
@@ -19,6 +19,8 @@ from cifar_resnet_fast.ops.checks import (
     compute_dtype,
     is_channels_last,
 )
+from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
+from cifar_resnet_fast.ops._trunk import schedule
 from cifar_resnet_fast.reference import Unit
 
 
@@ -58,7 +60,7 @@ def trunk(
     if chosen == "reference":
         return reference.trunk(pictures.to(dtype), units, training=training)
     # only where it is used: torch.library's custom operations import triton
-    from cifar_resnet_fast.ops import trunk_autograd
+    from cifar_resnet_fast.ops._trunk import autograd as trunk_autograd
 
     return trunk_autograd.trunk(chosen, pictures, units, dtype, training, wants_grad)
 
@@ -84,7 +86,7 @@ def _check(pictures: Tensor, units: Sequence[Unit], training: bool) -> None:
         if not sound:
             _check_unit(i, unit, pictures, C)
         C = K
-    N, _, H, W = trunk_dataflow.shapes_of_y(pictures, [unit.weight for unit in units])[-1]
+    N, _, H, W = schedule.shapes_of_y(pictures, [unit.weight for unit in units])[-1]
     if training and N * H * W == 1:
         raise ValueError(
             f"pictures must give more than 1 value per channel when training, "
@@ -158,7 +160,7 @@ def _broken_rule(
     if implementation == "triton":
         if any(K % 16 for K in channels):
             return ValueError(f"units must have multiples of 16 channels {named}, got {channels}")
-        shapes = trunk_dataflow.shapes_of_y(pictures, [unit.weight for unit in units])
+        shapes = schedule.shapes_of_y(pictures, [unit.weight for unit in units])
         elements = max(map(math.prod, shapes))
         if elements >= 2**31:
             return ValueError(

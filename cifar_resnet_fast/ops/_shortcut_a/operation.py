@@ -6,15 +6,15 @@ Twin: ``reference.shortcut_a``.
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops.checks import (
+from cifar_resnet_fast.ops._checks import (
     check_channels_last,
     check_out_channels,
     check_stride,
     check_tensor,
     is_channels_last,
 )
-from cifar_resnet_fast.ops.choice import choose
-from cifar_resnet_fast.ops.shortcut_a_cuda import shortcut_a_cuda
+from cifar_resnet_fast.ops._dispatch import choose
+from cifar_resnet_fast.ops._shortcut_a.cuda import shortcut_a_cuda
 
 
 def shortcut_a(
@@ -55,7 +55,7 @@ def shortcut_a(
         )
     if chosen == "triton" and elements < 2**31:
         # triton is imported only where it is used
-        from cifar_resnet_fast.ops.shortcut_a_triton import shortcut_a_triton
+        from cifar_resnet_fast.ops._shortcut_a.triton import shortcut_a_triton
 
         return shortcut_a_triton(x, out_channels, stride)
     return reference.shortcut_a(x, out_channels, stride)

@@ -1,4 +1,4 @@
-"""What ptxas says of every CUDA kernel, without a GPU: ``python bench/ptxas_report.py``.
+"""What ptxas says of every CUDA kernel, without a GPU: ``python tools/ptxas_report.py``.
 
 Compiles csrc/kernels/*.cu for every architecture the project supports, or with ``--arch 86`` for
 that one, warnings being errors, and prints each kernel's registers, spilled bytes and static

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops.checks import (
+from cifar_resnet_fast.ops._checks import (
     autocast_dtype,
     check_dtype,
     check_number,
@@ -17,7 +17,7 @@ from cifar_resnet_fast.ops.checks import (
     check_weight_dtype,
     compute_dtype,
 )
-from cifar_resnet_fast.ops.choice import choose
+from cifar_resnet_fast.ops._dispatch import choose
 
 
 def conv_bn_relu(
@@ -83,7 +83,7 @@ def conv_bn_relu(
         vectors = (bn_weight, bn_bias, running_mean, running_var)
         broken = _broken_triton_rule(x, C, K, N * max(C * H * W, K * HO * WO), vectors)
         if broken is None:
-            from cifar_resnet_fast.ops.conv_bn_relu_triton import conv_bn_relu_triton
+            from cifar_resnet_fast.ops._conv_bn_relu.triton import conv_bn_relu_triton
 
             return conv_bn_relu_triton(
                 x, weight, *vectors, shortcut, stride, relu, training, momentum, eps

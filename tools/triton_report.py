@@ -1,5 +1,5 @@
 """Registers, spills and shared memory of every Triton kernel, compiled for GPUs that need not be
-here: ``python -m bench.triton_report [--arch 86] [--dtype fp16]``; exit status 1 if a kernel
+here: ``python -m tools.triton_report [--arch 86] [--dtype fp16]``; exit status 1 if a kernel
 spills or does not fit.
 
 Launchers run on tensors of the meta device with ``launch.launch`` replaced by a compiler, so what
@@ -23,13 +23,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.traffic import CONVOLUTIONS
-from cifar_resnet_fast.engine import DTYPES
 from cifar_resnet_fast.kernels import bn, launch
 from cifar_resnet_fast.kernels.augment import load_batch
 from cifar_resnet_fast.kernels.conv3x3_bwd import conv3x3_bwd
 from cifar_resnet_fast.kernels.conv3x3_fwd import conv3x3_fwd
 from cifar_resnet_fast.kernels.sgd import sgd
 from cifar_resnet_fast.kernels.shortcut_a import shortcut_a_bwd, shortcut_a_fwd
+from cifar_resnet_fast.training.engine import DTYPES
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
@@ -257,7 +257,7 @@ OPTIONAL = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.triton_report", description=__doc__.split(":")[0]
+        prog="python -m tools.triton_report", description=__doc__.split(":")[0]
     )
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))

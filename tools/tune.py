@@ -1,4 +1,4 @@
-"""Fill the launch table on the card at hand: ``python -m bench.tune [--dtype bf16]``.
+"""Fill the launch table on the card at hand: ``python -m tools.tune [--dtype bf16]``.
 
 For every convolution of the family and every kernel, configurations are searched one setting at a
 time from the default on; each is checked against the default's result before it is timed. The
@@ -18,7 +18,6 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from bench.traffic import CONVOLUTIONS
-from cifar_resnet_fast.engine import DTYPES
 from cifar_resnet_fast.kernels import bn, launch
 from cifar_resnet_fast.kernels.conv3x3_bwd import conv3x3_bwd
 from cifar_resnet_fast.kernels.conv3x3_dgrad import conv3x3_dgrad
@@ -26,6 +25,7 @@ from cifar_resnet_fast.kernels.conv3x3_fwd import conv3x3_fwd
 from cifar_resnet_fast.kernels.conv3x3_wgrad import conv3x3_wgrad
 from cifar_resnet_fast.kernels.launch import Config
 from cifar_resnet_fast.ops import why_not
+from cifar_resnet_fast.training.engine import DTYPES
 
 SETTINGS = {
     "block_p": (16, 32, 64, 128, 256),
@@ -181,7 +181,7 @@ def print_row(key: tuple, config: Config, note: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.tune", description=__doc__.split(":")[0]
+        prog="python -m tools.tune", description=__doc__.split(":")[0]
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--batch-size", type=int, default=1024)
@@ -193,7 +193,7 @@ def main() -> int:
     if torch.cuda.is_available():
         reason = why_not("triton", torch.device("cuda"), "conv_bn_relu")
     if reason is not None:
-        print(f"bench.tune needs a CUDA GPU that runs Triton: {reason}", file=sys.stderr)
+        print(f"tools.tune needs a CUDA GPU that runs Triton: {reason}", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     capability = launch.capability(device)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_resnet_fast.kernels.launch import multiprocessors
-from cifar_resnet_fast.ops.trunk_dataflow import Kept, stride_of
+from cifar_resnet_fast.ops._trunk.schedule import Kept, stride_of
 from cifar_resnet_fast.reference import Unit
 
 CHANNELS = (16, 32, 64)
@@ -52,7 +52,7 @@ def like_mask_and_weights(y: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor,
 
 
 class Kernels:
-    """One pass; see ``trunk_dataflow.Kernels``.
+    """One pass; see ``schedule.Kernels``.
 
     Args:
         units: of the trunk

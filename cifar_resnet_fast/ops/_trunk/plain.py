@@ -1,6 +1,6 @@
 """The trunk's kernels in plain PyTorch, nothing fused: ``eager`` of ``bench.trunk``.
 
-They follow ``ops.trunk_dataflow`` as the package's own do, on any device in any floating dtype:
+They follow ``ops._trunk.schedule`` as the package's own do, on any device in any floating dtype:
 convolutions run in the activations' dtype, normalisation in float32, or float64 where the
 activations are. In float64 they show that the schedule, apart from any kernel, is the network.
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops.trunk_dataflow import Kept, stride_of
+from cifar_resnet_fast.ops._trunk.schedule import Kept, stride_of
 from cifar_resnet_fast.reference import Unit
 
 
@@ -71,7 +71,7 @@ def positive(mask: Tensor) -> Tensor:
 
 
 class Kernels:
-    """One pass; see ``trunk_dataflow.Kernels``.
+    """One pass; see ``schedule.Kernels``.
 
     Args:
         units: of the trunk

@@ -7,7 +7,7 @@ The operation is linear, so backward and forward are each other's gradients, to 
 import torch
 from torch import Tensor
 
-from cifar_resnet_fast.ops.extension import WHY_NOT_LOADED
+from cifar_resnet_fast.ops._extension import WHY_NOT_LOADED
 
 
 def empty_channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cifar_resnet_fast import shapes
+from cifar_resnet_fast.data import shapes
 
 SHAPE = (32, 32, 3)
 NAMES = ("auto", "cifar10", "cifar100", "shapes")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.datasets import NAMES
+from cifar_resnet_fast.data.datasets import NAMES
 from cifar_resnet_fast.resnet import check_depth
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops.checks import FLOATING
-from cifar_resnet_fast.ops.choice import choose
+from cifar_resnet_fast.ops._checks import FLOATING
+from cifar_resnet_fast.ops._dispatch import choose
 
 
 def normalized_bytes(mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:

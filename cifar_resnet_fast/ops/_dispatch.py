@@ -14,7 +14,7 @@ import os
 
 import torch
 
-from cifar_resnet_fast.ops.extension import why_not_extension
+from cifar_resnet_fast.ops._extension import why_not_extension
 
 IMPLEMENTATIONS = ("cuda", "triton", "reference")
 OPERATIONS = {  # and their implementations, fastest first

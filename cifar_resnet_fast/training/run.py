@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cifar_resnet_fast.capture import capture_for
 from cifar_resnet_fast.checkpoint import read_checkpoint, save_checkpoint, write_atomically
-from cifar_resnet_fast.config import TrainConfig, flag_of
-from cifar_resnet_fast.datasets import Dataset
-from cifar_resnet_fast.engine import DTYPES, Engine
-from cifar_resnet_fast.loader import Loader
-from cifar_resnet_fast.logbook import Logbook, SilentLogbook, read_metrics
-from cifar_resnet_fast.memory import batch_must_fit
-from cifar_resnet_fast.optimizer import learning_rate
+from cifar_resnet_fast.data.datasets import Dataset
+from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
-from cifar_resnet_fast.signals import StopRequest
+from cifar_resnet_fast.training.capture import capture_for
+from cifar_resnet_fast.training.config import TrainConfig, flag_of
+from cifar_resnet_fast.training.engine import DTYPES, Engine
+from cifar_resnet_fast.training.logbook import Logbook, SilentLogbook, read_metrics
+from cifar_resnet_fast.training.memory import batch_must_fit
+from cifar_resnet_fast.training.optimizers import learning_rate
+from cifar_resnet_fast.training.signals import StopRequest
 
 _SHOW_EVERY_SECONDS = 0.2
 _SAVE_EVERY_SECONDS = 10.0  # an epoch can take less time than a checkpoint's way to the disk

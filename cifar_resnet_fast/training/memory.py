@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from cifar_resnet_fast.engine import Engine
 from cifar_resnet_fast.processes import Processes
+from cifar_resnet_fast.training.engine import Engine
 
 
 class BatchTooLargeError(ValueError):

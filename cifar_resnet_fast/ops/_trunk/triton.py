@@ -14,7 +14,7 @@ from cifar_resnet_fast.kernels import bn
 from cifar_resnet_fast.kernels.conv3x3_bwd import conv3x3_bwd
 from cifar_resnet_fast.kernels.conv3x3_fwd import conv3x3_fwd
 from cifar_resnet_fast.kernels.shortcut_a import shortcut_a_bwd, shortcut_a_fwd
-from cifar_resnet_fast.ops.trunk_dataflow import Kept, stride_of
+from cifar_resnet_fast.ops._trunk.schedule import Kept, stride_of
 from cifar_resnet_fast.reference import Unit
 
 
@@ -50,7 +50,7 @@ def _matching(shortcut: Tensor | None, y: Tensor) -> Tensor | None:
 
 
 class Kernels:
-    """One pass; see ``trunk_dataflow.Kernels``.
+    """One pass; see ``schedule.Kernels``.
 
     Args:
         units: of the trunk

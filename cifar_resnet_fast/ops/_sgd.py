@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops.choice import choose
+from cifar_resnet_fast.ops._dispatch import choose
 
 
 def sgd(

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar_resnet_fast.capture import CudaGraphs, Readback
-from cifar_resnet_fast.loader import Loader
-from cifar_resnet_fast.optimizer import AveragedWeights, FlatSGD, flatten_buffers
+from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
+from cifar_resnet_fast.training.capture import CudaGraphs, Readback
+from cifar_resnet_fast.training.optimizers import AveragedWeights, FlatSGD, flatten_buffers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,0 +1,1 @@
+"""Data sets as bytes, and batches of them on the device."""

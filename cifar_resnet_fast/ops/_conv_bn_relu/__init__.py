@@ -1,0 +1,1 @@
+"""Convolution, normalisation, shortcut and ReLU: operation and implementations."""

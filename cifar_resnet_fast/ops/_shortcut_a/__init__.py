@@ -1,0 +1,1 @@
+"""The option-A shortcut: operation and implementations."""

@@ -1,0 +1,1 @@
+"""The trunk: operation, schedule, autograd and implementations."""

@@ -1,0 +1,1 @@
+"""One training: its settings, its step, its state and its folder."""
