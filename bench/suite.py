@@ -23,7 +23,15 @@ from rich.console import Console
 from rich.progress import track
 
 from bench.cards import Card
-from bench.measure import Call, Timing, WrongResult, copy_bandwidth, matmul_rate, time_calls
+from bench.measure import (
+    Call,
+    Timing,
+    WrongResult,
+    copy_bandwidth,
+    matmul_rate,
+    raise_clocks,
+    time_calls,
+)
 
 try:
     from triton.errors import TritonError
@@ -96,6 +104,7 @@ class Suite:
 
     def measured_card(self) -> Card:
         """What this card reaches: a large copy, and PyTorch's own matrix product. Kept, too."""
+        raise_clocks(self.device)
         copied, side = (2**30, 8192) if self.on_gpu else (2**26, 256)
         bandwidth = copy_bandwidth(self.device, copied, self.seconds)
         tensor, fp32 = (
