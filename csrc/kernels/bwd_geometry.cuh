@@ -77,6 +77,7 @@ struct BackwardGeometry {
   static constexpr bool kStaged = C > 16 || STRIDE == 2;
   static constexpr int kSize = Stage<C>::kSize, kDySize = Stage<K>::kSize;
   static constexpr int kImages = kConfig.images;
+  static constexpr int kUnitStep = RESIDUAL ? kAscending : kDescending;
   using DyRow = HaloRow<K, kDySize>;
   using ARow = HaloRow<kIn, kSize>;
 

@@ -33,24 +33,27 @@ struct DirectRows {
   using T = typename G::T;
   static constexpr int kHalves = 4;
   static constexpr int kRing = G::kConfig.side_rows;
+  // from behind an image to the next one
+  static constexpr int kToNextImage = (G::kUnitStep - 1) * Stage<G::C>::kImageBytes;
 
   const BackwardParams& p;
   const BackwardBlock& block;
   uint32_t a[kHalves];  // in a haloed row
   uint32_t side;        // the lane's part of the ring
   ChannelSums sums;
-  float mean[4];             // of y_before
-  int load_at, out_at, end;  // the lane's first pixel of a row, in bytes from the tensors' start
+  float mean[4];              // of y_before
+  int load_at, out_at;        // the lane's first pixel of a row, in bytes from the tensors' start
+  int loads_left, out_y = 0;  // rows to load; the row of the image that is finished next
   int slot = 0, a_row = 0;
 
   DEVICE DirectRows(const BackwardParams& params, const BackwardBlock& where, int index)
       : p(params),
         block(where),
         side(where.start + G::kSideAt + index * G::kSideBytes + (thread_index() & 31) * 8),
-        load_at(kept(where.units.first * Stage<G::C>::kImageBytes +
+        load_at(kept(where.units.template start<G::kUnitStep>() * Stage<G::C>::kImageBytes +
                      tile_pixel<16>(0, 0, thread_index() & 31) * 32 + (thread_index() & 3) * 8)),
         out_at(load_at),
-        end(where.units.end * Stage<G::C>::kImageBytes) {
+        loads_left(where.units.count() * G::kSize) {
     const int lane = thread_index() & 31, t = lane & 3;
 #pragma unroll
     for (int i = 0; i < kHalves; ++i) {
@@ -76,15 +79,17 @@ struct DirectRows {
 #pragma unroll
     for (int i = 0; i < kHalves; ++i) {
       copy_8_bytes_async(to + i * 256, static_cast<const char*>(with) + load_at + distance(i),
-                         load_at < end);
+                         loads_left > 0);
       if (G::kResidual) {
         copy_8_bytes_async(to + (kHalves + i) * 256,
                            static_cast<const char*>(p.residual) + load_at + distance(i),
-                           load_at < end);
+                           loads_left > 0);
       }
     }
     commit_copies();
     load_at += kRowBytes;
+    --loads_left;
+    if (loads_left % G::kSize == 0) load_at += kToNextImage;
   }
   DEVICE void finish(const Tile (&row)[2]) {
     wait_for_copies<kRing - 1>();
@@ -114,6 +119,7 @@ struct DirectRows {
     slot = slot + 1 == kRing ? 0 : slot + 1;
     a_row = a_row + 1 == G::kARing ? 0 : a_row + 1;
     out_at += kRowBytes;
+    if (++out_y == G::kSize) out_y = 0, out_at += kToNextImage;
   }
 };
 
@@ -159,7 +165,7 @@ DEVICE void input_gradient(const BackwardParams& p, const BackwardBlock& block, 
     }
   };
   const FragmentAddresses<G::K> fragments(block.start + G::kDyAt, first_tile);
-  const int units = block.units.end - block.units.first;
+  const int units = block.units.count();
   RowConvolution<typename G::T, G::K, kTiles> convolution;
   if constexpr (G::kStaged) {
     begin();
@@ -236,7 +242,7 @@ DEVICE void input_gradient_stride_2(const BackwardParams& p, const BackwardBlock
   };
   Tile before[2], even[2], odd[2];  // rows 2i - 1, 2i, 2i + 1; of each even and odd columns
   uint32_t row = 0;
-  for (int unit = block.units.first; unit < block.units.end; ++unit) {
+  for (int left = block.units.count(); left > 0; --left) {
     before[0].clear(), before[1].clear();
 #pragma unroll 1
     for (int i = 0; i < G::kDySize; ++i) {

@@ -46,10 +46,12 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
   static_assert(kUnitSteps >= 3, "the staged epilogue is three steps behind");
   const int lane = thread_index() & 31, position = index * 32 + lane;
   const uint32_t raw = block.start + G::kRawAt + position * 16;
-  const int first_unit = block.units.first;
-  const uint32_t steps = (block.units.end - first_unit) * kUnitSteps;
+  const int first_unit = block.units.template start<G::kUnitStep>();
+  const uint32_t steps = block.units.count() * kUnitSteps;
   // where the rows of a step begin: of dz, y and the residual; of input, y_before and out
-  auto unit_of = [&](uint32_t step) { return first_unit + static_cast<int>(step / kUnitSteps); };
+  auto unit_of = [&](uint32_t step) {
+    return first_unit + G::kUnitStep * static_cast<int>(step / kUnitSteps);
+  };
   auto dy_rows = [&](uint32_t step) {
     return unit_of(step) * kDyUnit + static_cast<int>(step % kUnitSteps) * G::kDyRows * kRowBytes;
   };

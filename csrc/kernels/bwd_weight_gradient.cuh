@@ -184,7 +184,7 @@ DEVICE void weight_gradient(const BackwardParams& p, const BackwardBlock& block,
     return row;
   };
   WeightGradient<G> gradient(block, index);
-  const int units = block.units.end - block.units.first;
+  const int units = block.units.count();
   if constexpr (G::STRIDE == 1) {
     gradient.stream(units, fetch);
   } else {

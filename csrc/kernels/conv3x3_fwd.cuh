@@ -49,6 +49,7 @@ template <int C, int STRIDE, bool FINISHES>
 struct ForwardGeometry {
   static constexpr ForwardConfig kConfig = forward_config<C, STRIDE>();
   using Row = HaloRow<C, Stage<C>::kSize>;
+  static constexpr int kUnitStep = FINISHES ? kDescending : kAscending;
   static constexpr int kImages = kConfig.images;
   static constexpr int kOut = C * STRIDE;  // output channels
   static constexpr int kConvolvers = kOut / 16;
@@ -127,9 +128,10 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
   };
 
   // loads: the next step's rows into the ring; one group of copies a step, empty behind the end
-  int load_unit = units.first, load_y = 0, load_slot = 0;
+  int load_unit = units.start<G::kUnitStep>(), loads_left = units.count();
+  int load_y = 0, load_slot = 0;
   auto load_step = [&] {
-    if (load_unit < units.end) {
+    if (loads_left > 0) {
       const int row = load_unit * kUnitBytes + load_y * kRowBytes;
       const char* y = static_cast<const char*>(p.y) + (row + from);
       const char* shortcut =
@@ -151,7 +153,7 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
         }
       }
       load_y += kStepRows;
-      if (load_y == kSize) load_y = 0, ++load_unit;
+      if (load_y == kSize) load_y = 0, --loads_left, load_unit += G::kUnitStep;
     }
     commit_copies();
     load_slot = load_slot + 1 == kRingSteps ? 0 : load_slot + 1;
@@ -164,8 +166,8 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
   load_8_floats(shared_start() + chunk_of_pixel * 32, scale);
   load_8_floats(shared_start() + C * 4 + chunk_of_pixel * 32, shift);
 
-  int slot = 0, half = 0;
-  for (int unit = units.first; unit < units.end; ++unit) {
+  int slot = 0, half = 0, unit = units.start<G::kUnitStep>();
+  for (int left = units.count(); left > 0; --left, unit += G::kUnitStep) {
 #pragma unroll 1
     for (int y = 0; y < kSize; y += kStepRows) {
       char* x = static_cast<char*>(p.x) + (unit * kUnitBytes + y * kRowBytes + from);
@@ -242,8 +244,8 @@ DEVICE void convolve_rows(const ForwardParams& p, const Share& units, int group,
     return image_of(tile, half) * Stage<C>::kImageBytes + tile_pixel<C>(tile, half, 0) * C * 2;
   };
   char* out = static_cast<char*>(p.out) +
-              kept(units.first * kUnitBytes + tile_pixel<C>(0, 0, lane) * C * 2 + index * 32 +
-                   (lane & 3) * 8);
+              kept(units.start<G::kUnitStep>() * kUnitBytes + tile_pixel<C>(0, 0, lane) * C * 2 +
+                   index * 32 + (lane & 3) * 8);
   ChannelSums sums;
   int row_of_step = 0, ring_row = 0;
   auto fetch = [&]() -> uint32_t {
@@ -253,7 +255,7 @@ DEVICE void convolve_rows(const ForwardParams& p, const Share& units, int group,
     ring_row = (ring_row + 1) % (2 * G::kStepRows);
     return row;
   };
-  int out_unit = units.first, out_y = 0;
+  int out_unit = units.start<G::kUnitStep>(), out_y = 0;
   auto write_row = [&](const Tile(&row)[kTiles], bool done) {
     if (!done) return;
 #pragma unroll
@@ -264,12 +266,12 @@ DEVICE void convolve_rows(const ForwardParams& p, const Share& units, int group,
     }
     out += kRowBytes;
     if (++out_y == Stage<C>::kSize) {
-      out_y = 0, ++out_unit;
-      out += kUnitBytes - Stage<C>::kImageBytes;
+      out_y = 0, out_unit += G::kUnitStep;
+      out += G::kUnitStep * kUnitBytes - Stage<C>::kImageBytes;
     }
   };
   RowConvolution<T, C, kTiles> convolution;
-  convolution.template stream<Stage<C>::kSize>(units.end - units.first, fragments, weights, fetch,
+  convolution.template stream<Stage<C>::kSize>(units.count(), fragments, weights, fetch,
                                                write_row);
   finish_convolver<G>(sums, group * G::kConvolvers + index);
 }
@@ -292,7 +294,8 @@ DEVICE void convolve_rows_stride_2(const ForwardParams& p, const Share& units, i
   ChannelSums sums;
   Tile here, below;
   uint32_t step = 0;
-  for (int unit = units.first; unit < units.end; ++unit) {
+  int unit = units.start<G::kUnitStep>();
+  for (int left = units.count(); left > 0; --left, unit += G::kUnitStep) {
     here.clear();
 #pragma unroll 1
     for (int y = 0; y < kOutSize; ++y) {

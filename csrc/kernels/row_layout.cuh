@@ -80,7 +80,17 @@ struct Share {
   DEVICE Share(int units, int group, int groups)
       : first(static_cast<int>(static_cast<long long>(units) * group / groups)),
         end(static_cast<int>(static_cast<long long>(units) * (group + 1) / groups)) {}
+  DEVICE int count() const { return end - first; }
+  // the unit that comes first in an order: STEP 1 from `first` on, STEP -1 from the last one down
+  template <int STEP>
+  DEVICE int start() const {
+    return STEP > 0 ? first : end - 1;
+  }
 };
+
+// The order of units in a kernel. Every second kernel of a pass takes them from the last to the
+// first: what the kernel before wrote or read last is still in the L2 cache then.
+constexpr int kAscending = 1, kDescending = -1;
 
 DEVICE void load_8_floats(uint32_t address, float (&v)[8]) {
   const uint4 a = load_shared_16_bytes(address), b = load_shared_16_bytes(address + 16);
