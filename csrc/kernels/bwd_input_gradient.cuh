@@ -81,9 +81,9 @@ struct DirectRows {
       copy_8_bytes_async(to + i * 256, static_cast<const char*>(with) + load_at + distance(i),
                          loads_left > 0);
       if (G::kResidual) {
-        copy_8_bytes_async(to + (kHalves + i) * 256,
-                           static_cast<const char*>(p.residual) + load_at + distance(i),
-                           loads_left > 0);
+        copy_8_bytes_async<true>(to + (kHalves + i) * 256,
+                                 static_cast<const char*>(p.residual) + load_at + distance(i),
+                                 loads_left > 0);
       }
     }
     commit_copies();

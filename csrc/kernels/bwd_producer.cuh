@@ -125,10 +125,11 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
         for (int j = 0; j < kDyChunks; ++j) {
           const bool here = dy_present(unit, j);
           const int slot = r * kDyChunks + j;
-          copy_16_bytes_async(to + (G::kDzSlot + slot) * G::kSlotStride,
-                              static_cast<const char*>(p.dz) + at + dy_distance(j), here);
-          copy_16_bytes_async(to + (G::kYSlot + slot) * G::kSlotStride,
-                              static_cast<const char*>(p.y) + at + dy_distance(j), here);
+          copy_16_bytes_async<G::kResidual>(to + (G::kDzSlot + slot) * G::kSlotStride,
+                                            static_cast<const char*>(p.dz) + at + dy_distance(j),
+                                            here);
+          copy_16_bytes_async<true>(to + (G::kYSlot + slot) * G::kSlotStride,
+                                    static_cast<const char*>(p.y) + at + dy_distance(j), here);
         }
       }
 #pragma unroll
@@ -136,9 +137,9 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
         const int at = a_rows(load_step) + r * kRowBytes + a_from;
 #pragma unroll
         for (int j = 0; j < kAChunks; ++j) {
-          copy_16_bytes_async(to + (G::kInputSlot + r * kAChunks + j) * G::kSlotStride,
-                              static_cast<const char*>(p.input) + at + a_distance(j),
-                              a_present(unit, j));
+          copy_16_bytes_async<G::kResidual>(
+              to + (G::kInputSlot + r * kAChunks + j) * G::kSlotStride,
+              static_cast<const char*>(p.input) + at + a_distance(j), a_present(unit, j));
         }
       }
     }
@@ -161,9 +162,10 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
         const int at = dy_rows(side_step) + r * kRowBytes + residual_from;
 #pragma unroll
         for (int j = 0; j < kAChunks; ++j) {
-          copy_16_bytes_async(to + (G::kResidualSlot + r * kAChunks + j) * G::kSlotStride,
-                              static_cast<const char*>(p.residual) + at + residual_distance(j),
-                              has_residual && a_present(unit, j));
+          copy_16_bytes_async<true>(
+              to + (G::kResidualSlot + r * kAChunks + j) * G::kSlotStride,
+              static_cast<const char*>(p.residual) + at + residual_distance(j),
+              has_residual && a_present(unit, j));
         }
       }
     }

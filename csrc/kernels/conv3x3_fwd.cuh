@@ -141,14 +141,14 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
         const uint32_t slot = ring + (load_slot * kStepRows + r) * G::kRawRowBytes;
 #pragma unroll
         for (int j = 0; j < kChunks; ++j) {
-          copy_16_bytes_async(slot + j * G::kChunkStride,
-                              y + r * kRowBytes + distance(j, Stage<C>::kImageBytes),
-                              present(load_unit, j));
+          copy_16_bytes_async<true>(slot + j * G::kChunkStride,
+                                    y + r * kRowBytes + distance(j, Stage<C>::kImageBytes),
+                                    present(load_unit, j));
           if (FINISHES) {
-            copy_16_bytes_async(slot + (kChunks + j) * G::kChunkStride,
-                                shortcut + r * kRowBytes * shortcut_scale +
-                                    distance(j, Stage<C>::kImageBytes * shortcut_scale),
-                                has_shortcut && present(load_unit, j));
+            copy_16_bytes_async<true>(slot + (kChunks + j) * G::kChunkStride,
+                                      shortcut + r * kRowBytes * shortcut_scale +
+                                          distance(j, Stage<C>::kImageBytes * shortcut_scale),
+                                      has_shortcut && present(load_unit, j));
           }
         }
       }

@@ -88,6 +88,27 @@ DEVICE void copy_8_bytes_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0],[%1],8,%2;" ::"r"(to), "l"(from), "r"(valid ? 8 : 0)
                : "memory");
 }
+// The same for memory of which no kernel soon reads this part again (LAST): the L2 cache drops it
+// before what the next kernels read.
+DEVICE uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
+  return policy;
+}
+template <bool LAST>
+DEVICE void copy_16_bytes_async(uint32_t to, const void* from, bool valid) {
+  if (!LAST) return copy_16_bytes_async(to, from, valid);
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0],[%1],16,%2,%3;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0), "l"(evict_first_policy())
+               : "memory");
+}
+template <bool LAST>
+DEVICE void copy_8_bytes_async(uint32_t to, const void* from, bool valid) {
+  if (!LAST) return copy_8_bytes_async(to, from, valid);
+  asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0],[%1],8,%2,%3;" ::"r"(to), "l"(from),
+               "r"(valid ? 8 : 0), "l"(evict_first_policy())
+               : "memory");
+}
 DEVICE void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -146,6 +146,14 @@ inline void copy_16_bytes_async(uint32_t to, const void* from, bool valid = true
 inline void copy_8_bytes_async(uint32_t to, const void* from, bool valid) {
   copy_async(to, from, 8, valid);
 }
+template <bool LAST>
+inline void copy_16_bytes_async(uint32_t to, const void* from, bool valid) {
+  copy_async(to, from, 16, valid);
+}
+template <bool LAST>
+inline void copy_8_bytes_async(uint32_t to, const void* from, bool valid) {
+  copy_async(to, from, 8, valid);
+}
 template <int N>
 void wait_for_copies() {
   wait_for_copies_but(N);
