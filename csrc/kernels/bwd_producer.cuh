@@ -36,6 +36,14 @@ DEVICE uint4 finish_chunk(uint4 gradient, uint4 residual, uint4 a, uint4 with, C
   return out.chunk();
 }
 
+// What a lane reads for the staged epilogue of a step.
+template <class G>
+struct StagedChunks {
+  static constexpr int kChunks = G::kARows * G::kAChunks;
+  static constexpr int kResidualChunks = G::kResidualRows > 0 ? G::kResidualRows * G::kAChunks : 1;
+  uint4 gradient[kChunks], a[kChunks], with[kChunks], residual[kResidualChunks];
+};
+
 template <class G>
 DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block, int index) {
   using T = typename G::T;
@@ -190,31 +198,50 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
   ChunkSums sums;
   // every 32 chunks the staging row's keys begin again
   const uint32_t staging = kept(block.start + G::kStagingAt + StagingRow::offset(position));
-  auto finish = [&](uint32_t step, int slot) {
+  auto read_staged = [&](uint32_t step, int slot, StagedChunks<G>& chunks) {
+    const uint32_t side = raw + slot * G::kRawStepBytes;
 #pragma unroll
     for (int r = 0; r < G::kARows; ++r) {
       const uint32_t row = (step * G::kARows + r) % (4 * G::kARows);
-      const int at = a_rows(step) + r * kRowBytes + a_from;
-      const uint32_t side = raw + slot * G::kRawStepBytes;
 #pragma unroll
       for (int j = 0; j < kAChunks; ++j) {
-        const uint4 gradient =
+        const int i = r * kAChunks + j;
+        chunks.gradient[i] =
             load_shared_16_bytes(staging + row * G::kStagingRowBytes + j * kLanes * 16);
-        const uint4 a = load_shared_16_bytes(a_to[j] + row * G::kARowBytes);
-        const uint4 with =
-            load_shared_16_bytes(side + (G::kSumsSlot + r * kAChunks + j) * G::kSlotStride);
+        chunks.a[i] = load_shared_16_bytes(a_to[j] + row * G::kARowBytes);
+        chunks.with[i] = load_shared_16_bytes(side + (G::kSumsSlot + i) * G::kSlotStride);
+        if (G::kResidual && r % G::STRIDE == 0) {
+          const int k = r / G::STRIDE * kAChunks + j;
+          chunks.residual[k] =
+              load_shared_16_bytes(side + (G::kResidualSlot + k) * G::kSlotStride);
+        }
+      }
+    }
+  };
+  auto finish = [&](uint32_t step, const StagedChunks<G>& chunks) {
+#pragma unroll
+    for (int r = 0; r < G::kARows; ++r) {
+      const int at = a_rows(step) + r * kRowBytes + a_from;
+#pragma unroll
+      for (int j = 0; j < kAChunks; ++j) {
+        const int i = r * kAChunks + j;
         const bool adds = G::kResidual && r % G::STRIDE == 0;
-        const uint4 residual =
-            adds ? load_shared_16_bytes(side + (G::kResidualSlot + r / G::STRIDE * kAChunks + j) *
-                                                   G::kSlotStride)
-                 : make_uint4(0, 0, 0, 0);
-        const uint4 out = adds ? finish_chunk<T, true>(gradient, residual, a, with, sums)
-                               : finish_chunk<T, false>(gradient, residual, a, with, sums);
+        const uint4 out =
+            adds ? finish_chunk<T, true>(chunks.gradient[i],
+                                         chunks.residual[r / G::STRIDE * kAChunks + j],
+                                         chunks.a[i], chunks.with[i], sums)
+                 : finish_chunk<T, false>(chunks.gradient[i], make_uint4(0, 0, 0, 0), chunks.a[i],
+                                          chunks.with[i], sums);
         if (a_present(unit_of(step), j)) {
           store_16_bytes(static_cast<char*>(p.out) + at + a_distance(j), out);
         }
       }
     }
+  };
+  auto read_and_finish = [&](uint32_t step, int slot) {
+    StagedChunks<G> chunks;
+    read_staged(step, slot, chunks);
+    finish(step, chunks);
   };
 
   int slot = 0, half = 0, a_row = 0;
@@ -222,20 +249,28 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
 #pragma unroll 1
   for (uint32_t step = 0; step < steps; ++step) {
     wait_for_copies<kSteps - 1>();
-    if (G::kStaged && step >= 3) finish(step - 3, slot);
+    // everything that the step reads is asked for before the first of it is used
+    constexpr int kDy = G::kDyRows * kDyChunks, kA = G::kARows * kAChunks;
     const uint32_t from = raw + slot * G::kRawStepBytes;
+    uint4 dz[kDy], y[kDy], input[kA];
+#pragma unroll
+    for (int i = 0; i < kDy; ++i) {
+      dz[i] = load_shared_16_bytes(from + (G::kDzSlot + i) * G::kSlotStride);
+      y[i] = load_shared_16_bytes(from + (G::kYSlot + i) * G::kSlotStride);
+    }
+#pragma unroll
+    for (int i = 0; i < kA; ++i) {
+      input[i] = load_shared_16_bytes(from + (G::kInputSlot + i) * G::kSlotStride);
+    }
+    StagedChunks<G> staged;
+    const bool finishes = G::kStaged && step >= 3;
+    if (finishes) read_staged(step - 3, slot, staged);
 #pragma unroll
     for (int r = 0; r < G::kDyRows; ++r) {
-      uint4 dz[kDyChunks], y[kDyChunks];
 #pragma unroll
       for (int j = 0; j < kDyChunks; ++j) {
-        dz[j] = load_shared_16_bytes(from + (G::kDzSlot + r * kDyChunks + j) * G::kSlotStride);
-        y[j] = load_shared_16_bytes(from + (G::kYSlot + r * kDyChunks + j) * G::kSlotStride);
-      }
-#pragma unroll
-      for (int j = 0; j < kDyChunks; ++j) {
-        Pairs dy(dz[j]);
-        const Pairs raw_y(y[j]);
+        Pairs dy(dz[r * kDyChunks + j]);
+        const Pairs raw_y(y[r * kDyChunks + j]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float low =
@@ -253,15 +288,9 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
     }
 #pragma unroll
     for (int r = 0; r < G::kARows; ++r) {
-      uint4 input[kAChunks];
 #pragma unroll
       for (int j = 0; j < kAChunks; ++j) {
-        input[j] =
-            load_shared_16_bytes(from + (G::kInputSlot + r * kAChunks + j) * G::kSlotStride);
-      }
-#pragma unroll
-      for (int j = 0; j < kAChunks; ++j) {
-        Pairs a(input[j]);
+        Pairs a(input[r * kAChunks + j]);
         // of a missing image any finite a will do: its dy is zero
         if (!G::kResidual) {
 #pragma unroll
@@ -276,6 +305,7 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
       }
       a_row = a_row + 1 == G::kARing ? 0 : a_row + 1;
     }
+    if (finishes) finish(step - 3, staged);
     load();
     next_slot();
     half ^= 1;
@@ -287,11 +317,11 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
 #pragma unroll
     for (int i = 0; i < 8; ++i) mean[i] = load_float(p.saved_before + a_channel + i);
     wait_for_copies<0>();
-    if (steps > 0) finish(steps - 3, slot), next_slot();
+    if (steps > 0) read_and_finish(steps - 3, slot), next_slot();
     group_barrier<G::kGroupWarps>(block.group + 1);  // the last rows are staged
     if (steps > 0) {
-      finish(steps - 2, slot), next_slot();
-      finish(steps - 1, slot);
+      read_and_finish(steps - 2, slot), next_slot();
+      read_and_finish(steps - 1, slot);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
