@@ -93,18 +93,20 @@ struct WeightGradient {
             rows[turn].clear();
           }
           if (y > 0) {
+            // pixels are loaded one piece ahead of the products
+            uint32_t pixels[2][4], address = 0;
+            auto load = [&](int i) {
+              address = i % kPieces == 0 ? a[i / kPieces] + a_row * G::kARowBytes
+                                         : next_piece_of_a(address);
+              load_matrices_transposed(pixels[i & 1], address);
+            };
+            load(0);
 #pragma unroll
-            for (int kx = 0; kx < 3; ++kx) {
-              uint32_t address = a[kx] + a_row * G::kARowBytes;
+            for (int i = 0; i < 3 * kPieces; ++i) {
+              if (i + 1 < 3 * kPieces) load(i + 1);
 #pragma unroll
-              for (int piece = 0; piece < kPieces; ++piece) {
-                if (piece > 0) address = next_piece_of_a(address);
-                uint32_t pixels[4];
-                load_matrices_transposed(pixels, address);
-#pragma unroll
-                for (int ky = 0; ky < 3; ++ky) {
-                  add(ky * 3 + kx, pixels, rows[(turn + 3 - ky) % 3], piece);
-                }
+              for (int ky = 0; ky < 3; ++ky) {
+                add(ky * 3 + i / kPieces, pixels[i & 1], rows[(turn + 3 - ky) % 3], i % kPieces);
               }
             }
           }
