@@ -16,22 +16,22 @@ struct ChunkSums {
 template <class T, bool RESIDUAL>
 DEVICE uint4 finish_chunk(uint4 gradient, uint4 residual, uint4 a, uint4 with, ChunkSums& sums) {
   Pairs out(gradient);
-  const Pairs added(residual), mask(a), factor(with);
+  const Pairs added(residual), above_zero(a), factor(with);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
+    const uint32_t mask = T::positive(above_zero.v[i]);
+    out.v[i] &= mask;
     float low = T::low(out.v[i]), high = T::high(out.v[i]);
     if (RESIDUAL) {
-      low += T::low(added.v[i]);
-      high += T::high(added.v[i]);
+      low += T::low(added.v[i] & mask);
+      high += T::high(added.v[i] & mask);
+      out.v[i] = T::pack(low, high);
     }
-    low = T::low(mask.v[i]) > 0 ? low : 0;
-    high = T::high(mask.v[i]) > 0 ? high : 0;
     sums.first[2 * i] += low;
     sums.first[2 * i + 1] += high;
     sums.second[2 * i] = fused_multiply_add(low, T::low(factor.v[i]), sums.second[2 * i]);
     sums.second[2 * i + 1] =
         fused_multiply_add(high, T::high(factor.v[i]), sums.second[2 * i + 1]);
-    out.v[i] = T::pack(low, high);
   }
   return out.chunk();
 }

@@ -170,6 +170,14 @@ DEVICE void load_matrices_transposed(uint32_t (&m)[4], uint32_t row) {
 struct BFloat16 {
   static DEVICE float low(uint32_t pair) { return __uint_as_float(pair << 16); }
   static DEVICE float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+  // ones where an element is above zero. Compared as float16: bfloat16 has the same sign bit and
+  // zeros, and its largest values, which are NaN as float16, count as above ("u": unordered).
+  // Not for negative NaN, of which ReLU leaves none.
+  static DEVICE uint32_t positive(uint32_t pair) {
+    uint32_t mask;
+    asm("set.gtu.u32.f16x2 %0,%1,%2;" : "=r"(mask) : "r"(pair), "r"(0));
+    return mask;
+  }
   static DEVICE uint32_t pack(float low, float high) {
     uint32_t pair;
     asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -194,6 +202,12 @@ struct Float16 {
     float v;
     asm("{.reg .b16 l,h; mov.b32 {l,h},%1; cvt.f32.f16 %0,h;}" : "=f"(v) : "r"(pair));
     return v;
+  }
+  // ones where an element is above zero
+  static DEVICE uint32_t positive(uint32_t pair) {
+    uint32_t mask;
+    asm("set.gt.u32.f16x2 %0,%1,%2;" : "=r"(mask) : "r"(pair), "r"(0));
+    return mask;
   }
   static DEVICE uint32_t pack(float low, float high) {
     uint32_t pair;

@@ -265,6 +265,9 @@ struct BFloat16 {
     if (std::isnan(v)) return 0x7fff;
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   }
+  static uint32_t positive(uint32_t pair) {
+    return (low(pair) > 0 ? 0xffffu : 0) | (high(pair) > 0 ? 0xffff0000u : 0);
+  }
   static uint32_t pack(float low, float high) { return round(low) | round(high) << 16; }
   static void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     multiply_add_in_warp<BFloat16>(c, a, b0, b1);
@@ -274,6 +277,9 @@ struct BFloat16 {
 struct Float16 {
   static float low(uint32_t pair) { return half_to_float(static_cast<uint16_t>(pair)); }
   static float high(uint32_t pair) { return half_to_float(static_cast<uint16_t>(pair >> 16)); }
+  static uint32_t positive(uint32_t pair) {
+    return (low(pair) > 0 ? 0xffffu : 0) | (high(pair) > 0 ? 0xffff0000u : 0);
+  }
   static uint32_t pack(float low, float high) {
     return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
   }
