@@ -184,6 +184,7 @@ DEVICE void begin_backward(const BackwardParams& p, uint32_t group_start, int wa
   for (int i = (warp_of_group * 32 + lane) * 16; i < G::kStagingAt; i += G::kGroupWarps * 512) {
     store_shared(group_start + i, make_uint4(0, 0, 0, 0));
   }
+  let_next_kernel_start();
   block_barrier();  // coefficients and zeros are there
 }
 

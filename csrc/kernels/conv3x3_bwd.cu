@@ -15,7 +15,6 @@ __global__ void __launch_bounds__(G::kThreads, 1) conv3x3_backward_kernel(Backwa
                                      row * G::kGroups + place.group, rows * G::kGroups),
                                block_index() % G::kSplit, row, place.group,
                                shared_start() + G::kGroupsAt + place.group * G::kGroupBytes};
-  let_next_kernel_start();
   if (place.role == Role::kProducer) {
     wait_for_kernel_before();
     produce_backward<G>(p, block, place.index);

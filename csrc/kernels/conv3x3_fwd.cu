@@ -18,7 +18,6 @@ __global__ void __launch_bounds__((ForwardGeometry<C, STRIDE, FINISHES>::kThread
   const uint32_t halo = shared_start() + G::kGroupsAt + group * G::kGroupBytes;
   const Share units((p.images + G::kImages - 1) / G::kImages,
                     block_index() * G::kConfig.groups + group, block_count() * G::kConfig.groups);
-  let_next_kernel_start();
   if (produces) {
     wait_for_kernel_before();
     produce_rows<T, G, C, FINISHES>(p, units, group, index, halo);

@@ -85,6 +85,7 @@ DEVICE void begin_forward(const ForwardParams& p, uint32_t halo, int warp_of_gro
   for (int i = (warp_of_group * 32 + lane) * 16; i < G::kHaloBytes; i += G::kGroupWarps * 512) {
     store_shared(halo + i, make_uint4(0, 0, 0, 0));
   }
+  let_next_kernel_start();
   block_barrier();  // coefficients and zeros are there
 }
 
