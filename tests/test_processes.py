@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import cifar_resnet_fast
+from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.train import main
 
@@ -19,6 +20,8 @@ TINY = (
     "--dataset shapes --limit 64 --depth 8 --batch-size 16 --epochs 2 --lr 0.05 --warmup-epochs 1 "
     "--milestones --device cpu"
 ).split()
+
+LOSSES = ("train_loss", "test_loss")
 
 # what each process does in place of `python -m cifar_resnet_fast.train`
 SAME_WEIGHTS = """
@@ -142,22 +145,49 @@ def alone(tmp_path_factory):
     return folder
 
 
-def assert_same_curve(ours, theirs):
-    for mine, yours in zip(ours, theirs, strict=True):
+@pytest.fixture(scope="module")
+def spread(alone, tmp_path_factory):
+    """By epoch and loss: the largest change that another order of a batch's images makes.
+
+    The mathematics is the same, so the change is rounding, amplified by the steps so far. Eight
+    steps amplify it to 4e-4 or 1e-3 of the loss, depending on the processor.
+    """
+    batch = Loader.batch
+    found = [dict.fromkeys(LOSSES, 0.0) for _ in rows(alone)]
+    for places in (1, 3, 5, 8, 11):
+
+        def rolled(loader, step, places=places):
+            images, labels = batch(loader, step)
+            images = images.roll(places, 0).contiguous(memory_format=torch.channels_last)
+            return images, labels.roll(places, 0)
+
+        folder = tmp_path_factory.mktemp("rolled") / "run"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Loader, "batch", rolled)
+            assert main([*TINY, "--out", str(folder)]) == 0
+        for largest, mine, yours in zip(found, rows(folder), rows(alone), strict=True):
+            for name in LOSSES:
+                largest[name] = max(largest[name], abs(mine[name] - yours[name]))
+    return found
+
+
+def assert_same_curve(ours, theirs, spread):
+    """Losses differ at most twice as much as by another order of the images."""
+    for mine, yours, allowed in zip(ours, theirs, spread, strict=True):
         assert mine["step"] == yours["step"]
-        # sums of float32 in another order, and 8 steps for their difference to grow
-        for name in ("train_loss", "test_loss"):
-            assert mine[name] == pytest.approx(yours[name], rel=1e-4)
+        for name in LOSSES:
+            rounding = torch.finfo(torch.float32).eps * yours[name]
+            assert abs(mine[name] - yours[name]) <= 2 * allowed[name] + rounding, name
         for name in ("train_accuracy", "test_accuracy"):
             assert mine[name] == pytest.approx(yours[name], abs=1.01 / 64)
 
 
-def test_two_processes_train_as_one(alone, tmp_path):
+def test_two_processes_train_as_one(alone, spread, tmp_path):
     """With synchronised normalisation; weights are compared between the processes on the way."""
     out = tmp_path / "run"
     done = torchrun(tmp_path, SAME_WEIGHTS, tmp_path, *TINY, "--sync-bn", "--out", out)
     assert done.returncode == 0, done.stderr
-    assert_same_curve(rows(out), rows(alone))
+    assert_same_curve(rows(out), rows(alone), spread)
     for step in (4, 8):
         ours = [torch.load(tmp_path / f"weights-{rank}-{step}.pt") for rank in (0, 1)]
         assert torch.equal(*ours)
@@ -168,7 +198,7 @@ def test_two_processes_train_as_one(alone, tmp_path):
     )
 
 
-def test_stop_of_one_stops_all_and_another_number_goes_on(alone, tmp_path):
+def test_stop_of_one_stops_all_and_another_number_goes_on(alone, spread, tmp_path):
     """The second of two is told to stop; one process alone resumes from the checkpoint."""
     out = tmp_path / "run"
     arguments = [*TINY[:-2], "--epochs", "3", "--sync-bn", "--out", out, "--device", "cpu"]
@@ -181,7 +211,7 @@ def test_stop_of_one_stops_all_and_another_number_goes_on(alone, tmp_path):
     assert rows(out)[-1]["step"] == 4, "agreed at the end of the epoch"
     assert main(["--resume", str(out)]) == 0
     assert [row["step"] for row in rows(out)] == [4, 8, 12]
-    assert_same_curve(rows(out)[:2], rows(alone))
+    assert_same_curve(rows(out)[:2], rows(alone), spread)
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])

@@ -24,6 +24,9 @@ SOURCES = HERE.parent.parent / "csrc" / "kernels"
 # -O1: built and run in the least time together. longjmp between stacks is what a fiber does; the
 # fortified one refuses it
 FLAGS = ["-O1", "-std=c++20", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+# A compiler may link libstdc++ statically. That copy must stay inside: mixed with the one that
+# PyTorch loads, the first number written to a stream crashes.
+LINK_FLAGS = ["-shared", "-Wl,--exclude-libs,ALL"]
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # as enum class Dtype
 ORDERS = ("round_robin", "first_warp_first", "last_warp_first")  # as enum class Order
@@ -132,7 +135,7 @@ def load_operations() -> None:
 
 def _build(name: str, units: list[Path], flags: list[str], link: Sequence[str] = ()) -> Path:
     """A shared library, built once a change of the sources, of torch or of the flags."""
-    key = hashlib.sha256(" ".join([compiler(), *FLAGS, torch.__version__]).encode())
+    key = hashlib.sha256(" ".join([compiler(), *FLAGS, *LINK_FLAGS, torch.__version__]).encode())
     for source in sorted([*HERE.glob("*.[ch]*"), *SOURCES.parent.glob("*.h"), *SOURCES.iterdir()]):
         key.update(source.name.encode() + b"\0" + source.read_bytes())
     folder = (
@@ -152,7 +155,7 @@ def _build(name: str, units: list[Path], flags: list[str], link: Sequence[str] =
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(compile_unit, units))
             built = Path(scratch) / name
-            call = [compiler(), "-shared", *objects, *link, "-o", str(built)]
+            call = [compiler(), *LINK_FLAGS, *objects, *link, "-o", str(built)]
             subprocess.run(call, check=True)
             built.rename(library)
     return library
