@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, 1) stem_backward_kernel(StemBackward
 __global__ void __launch_bounds__(kThreads) sum_slabs_kernel(SlabSum slabs) {
   let_next_kernel_start();
   wait_for_kernel_before();
-  add_slabs(slabs, thread_index() >> 5, kWarps);
+  add_slabs_together<kWarps>(slabs);
 }
 
 }  // namespace
@@ -344,7 +344,7 @@ int stem_backward(const StemBackwardParams& p, Dtype dtype, int blocks, bool ove
 int sum_slabs(const SlabSum& slabs, int blocks, bool overlap, void* stream) {
   if (blocks < 1) return kBadBlocks;
   if (slabs.slabs == nullptr || slabs.dweight == nullptr) return kBadPointer;
-  return launch(sum_slabs_kernel, slabs, {blocks, kThreads, 0, overlap, stream});
+  return launch(sum_slabs_kernel, slabs, {blocks, kThreads, kWarps * 64, overlap, stream});
 }
 
 }  // namespace cifar_resnet_fast
