@@ -138,6 +138,48 @@ def trunk(pictures: Tensor, units: Sequence[Unit], *, training: bool) -> Tensor:
     return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+def linear_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    labels_b: Tensor | None = None,
+    ratio: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The last layer and the loss: mean cross entropy of ``features @ weight.T + bias``.
+
+    Args:
+        features: [N, C]
+        weight: [K, C]
+        bias: [K] or None
+        labels: [N] int64, in 0 .. K - 1
+        label_smoothing: the target is 1 minus it at the label, plus it divided by K everywhere
+        labels_b: [N] int64 or None. second labels, as in mixup
+        ratio: [] or None. with ``labels_b``, loss and hits are ``ratio`` times those of ``labels``
+            plus ``1 - ratio`` times those of ``labels_b``
+
+    Returns:
+        loss: [], of features' dtype
+        hits: [], of features' dtype. rows whose label has the largest logit
+
+    Source: Szegedy et al. 2016, section 7 (label smoothing); Zhang et al. 2018 (mixup).
+    """
+    logits = F.linear(features, weight, bias)
+    largest = logits.detach().argmax(1)
+
+    def score(labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        return loss, (largest == labels).sum().to(loss.dtype)
+
+    loss, hits = score(labels)
+    if labels_b is None:
+        return loss, hits
+    loss_b, hits_b = score(labels_b)
+    return ratio * loss + (1 - ratio) * loss_b, ratio * hits + (1 - ratio) * hits_b
+
+
 def augment(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int) -> Tensor:
     """Random crop of a zero-padded image, then horizontal flip, with the draws given.
 

@@ -63,19 +63,22 @@ class FastResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.forward_features(x).to(self.linear.weight.dtype))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[N, 64]: the average over the pixels, which the last layer takes; in float32, or in
+        float64 if x is."""
         reason = self._why_layer_by_layer(x)
         if reason is None:
-            pooled = self._trunk(x)
-        elif self.implementation == "cuda":
+            return self._trunk(x)
+        if self.implementation == "cuda":
             raise RuntimeError(
                 "implementation 'cuda' runs all layers as one operation, which cannot be where "
                 f"{reason}"
             )
-        else:
-            a = apply_unit(x, self.conv1, self.bn1, implementation=self.implementation)
-            a = self.layer3(self.layer2(self.layer1(a)))
-            pooled = a.mean((2, 3), dtype=torch.promote_types(a.dtype, torch.float32))
-        return self.linear(pooled.to(self.linear.weight.dtype))
+        a = apply_unit(x, self.conv1, self.bn1, implementation=self.implementation)
+        a = self.layer3(self.layer2(self.layer1(a)))
+        return a.mean((2, 3), dtype=torch.promote_types(a.dtype, torch.float32))
 
     def _trunk(self, x: Tensor) -> Tensor:
         """[N, 64]. Everything before the last layer, as one operation."""

@@ -27,6 +27,7 @@ from cifar_resnet_fast.kernels import bn, launch
 from cifar_resnet_fast.kernels.augment import load_batch
 from cifar_resnet_fast.kernels.conv3x3_bwd import conv3x3_bwd
 from cifar_resnet_fast.kernels.conv3x3_fwd import conv3x3_fwd
+from cifar_resnet_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from cifar_resnet_fast.kernels.sgd import sgd
 from cifar_resnet_fast.kernels.shortcut_a import shortcut_a_bwd, shortcut_a_fwd
 from cifar_resnet_fast.training.engine import DTYPES
@@ -133,6 +134,11 @@ def launch_around_the_network(dtype: torch.dtype, H: int) -> None:
         padding=4,
         cutout=8,
     )
+    labels = empty(BATCH, dtype=torch.int64)
+    for classes in (10, 100, 1000):
+        layer = empty(BATCH, 64), empty(classes, 64), empty(classes)
+        for mixed in ((None, None), (labels, empty())):
+            linear_cross_entropy(*layer, labels, *mixed, label_smoothing=0.1, gradients=True)
     flat, scalar, count = [empty(853_056)] * 3, [empty()] * 2, empty(dtype=torch.int32)
     copy = None if dtype == torch.float32 else empty(853_056, dtype=dtype)
     settings = {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
@@ -252,6 +258,7 @@ OPTIONAL = {
     "dz_ptr",
     "dy_ptr",
     "copy_ptr",
+    "labels_b_ptr",
 }
 
 

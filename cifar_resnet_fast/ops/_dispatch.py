@@ -22,6 +22,7 @@ OPERATIONS = {  # and their implementations, fastest first
     "shortcut_a": ("cuda", "triton", "reference"),
     "stage_border": ("cuda", "reference"),
     "trunk": ("cuda", "triton", "reference"),
+    "linear_cross_entropy": ("triton", "reference"),
     "load_batch": ("triton", "reference"),
     "sgd": ("triton", "reference"),
 }

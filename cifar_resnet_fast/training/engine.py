@@ -7,8 +7,9 @@ launch; where nothing captures, the same function runs as it is.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
@@ -284,13 +285,11 @@ class Engine:
         images, labels = self._training.batch(self._step)
         if dummy:
             labels = torch.zeros_like(labels)
-        with _autocast(self._device, self._dtype):
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
-        # the mean over the whole batch is the sum of the parts' shares of it
-        loss = loss / self._processes.count
+        loss, hits = self._score(images, labels)
+        if self._processes.count > 1:
+            # the mean over the whole batch is the sum of the parts' shares of it
+            loss = loss / self._processes.count
         optimizer.differentiate(loss)
-        hits = (logits.argmax(1) == labels).sum()
         optimizer.passengers.copy_(torch.stack((loss.detach(), hits)))
         self._processes.all_reduce(optimizer.exchanged)
         here = self._step.reshape(1)
@@ -303,12 +302,41 @@ class Engine:
         if not dummy:
             self._step += 1
 
+    def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss of the model on a batch, and images classified right."""
+        last = _plain_last_layer(self.model)
+        with _autocast(self._device, self._dtype):
+            if last is not None:
+                features = self.model.forward_features(images)
+            else:
+                logits = self.model(images)
+        if last is not None:
+            return ops.linear_cross_entropy(
+                features, last.weight, last.bias, labels, label_smoothing=self._label_smoothing
+            )
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
+        return loss, (logits.argmax(1) == labels).sum()
+
     def _state(self) -> list[Tensor]:
         """Every tensor that a step changes and a later step or the user reads."""
         averaged = [] if self._averaged is None else self._averaged.flats
         optimizer = self.optimizer
         kept = [optimizer.momenta, optimizer.lr, optimizer.skipped, self._step, self.metrics]
         return [*self._flats, *averaged, *kept]
+
+
+def _plain_last_layer(model: FastResNet) -> nn.Linear | None:
+    """The model's last layer if calling the model is no more than ``forward_features`` and a
+    plain linear layer, so that this can run together with the loss; otherwise None."""
+    last = model.linear
+    called = (model, last)
+    if type(model).forward is not FastResNet.forward or type(last) is not nn.Linear:
+        return None
+    if any(m._forward_hooks or m._forward_pre_hooks for m in called):
+        return None
+    if any(m._backward_hooks or m._backward_pre_hooks for m in called):
+        return None
+    return last
 
 
 class _Kept:

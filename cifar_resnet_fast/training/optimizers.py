@@ -110,7 +110,8 @@ class FlatSGD:
 
     def differentiate(self, loss: Tensor) -> None:
         """Put the gradients of ``loss`` times the loss scale into ``gradients``."""
-        found = torch.autograd.grad(loss * self.loss_scale, self._members)
+        # as a gradient that arrives, the scale costs no launch of its own
+        found = torch.autograd.grad(loss, self._members, self.loss_scale)
         torch._foreach_copy_(self._gradient_views, found)
 
     def step(self) -> None:
