@@ -3,9 +3,10 @@
 // Every block does the same arithmetic in the same order, so all blocks, and all runs, agree to
 // the bit; block 0 also writes what others need. A row of sums comes from one block of the kernel
 // before, itself added up in float32 from at most a few hundred values a lane. A thread adds a few
-// rows in float32; the rest, and E[y*y] - E[y]^2, is float64. What cancels is then the rounding of
-// float32 sums, about 1e-7 of E[y*y]: for mean / std = 100 that is 0.1 % of the variance, where
-// y itself, rounded to bfloat16, is off by a fifth of the standard deviation.
+// rows, and then a few threads' parts, in float32; the rest, and E[y*y] - E[y]^2, is float64, of
+// which sm_86 does two lanes a clock while the whole block waits. What cancels is then the
+// rounding of float32 sums, about 1e-7 of E[y*y]: for mean / std = 100 that is 0.1 % of the
+// variance, where y itself, rounded to bfloat16, is off by a fifth of the standard deviation.
 #pragma once
 
 #include "conv3x3.h"
@@ -23,9 +24,16 @@ struct SumPair {
   double first, second;
 };
 
+// 1 / count to 1e-14: one step of Newton's method from the float32 quotient, two instructions of
+// float64 in place of a division's dozen.
+DEVICE double reciprocal(double count) {
+  const double guess = 1 / static_cast<float>(count);
+  return guess * (2 - count * guess);
+}
+
 // The two sums of channel c = thread index (0 in threads from C on), over `rows` rows. A thread
-// adds up rows i, i + PARTS, ... of four columns; then thread c adds the parts. Meets two block
-// barriers.
+// adds up rows i, i + PARTS, ... of four columns; then thread c adds the parts, four at a time in
+// float32 before float64. Meets one block barrier.
 template <int C, int THREADS>
 DEVICE SumPair merge_sums(const float* sums, int rows, uint32_t scratch) {
   constexpr int kColumns = C / 2;  // of four floats
@@ -56,10 +64,18 @@ DEVICE SumPair merge_sums(const float* sums, int rows, uint32_t scratch) {
   block_barrier();  // the parts are there
   SumPair total = {0, 0};
   if (thread < C) {
+    constexpr int kTogether = 4;
+    static_assert(kParts % kTogether == 0);
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      total.first += load_shared_float(scratch + (part * 2 * C + thread) * 4);
-      total.second += load_shared_float(scratch + (part * 2 * C + C + thread) * 4);
+    for (int first = 0; first < kParts; first += kTogether) {
+      float some_first = 0, some_second = 0;
+#pragma unroll
+      for (int part = first; part < first + kTogether; ++part) {
+        some_first += load_shared_float(scratch + (part * 2 * C + thread) * 4);
+        some_second += load_shared_float(scratch + (part * 2 * C + C + thread) * 4);
+      }
+      total.first += some_first;
+      total.second += some_second;
     }
   }
   return total;
@@ -80,10 +96,10 @@ DEVICE void forward_coefficients(const ForwardNorm& norm, double count, uint32_t
   }
   const SumPair sum = merge_sums<C, THREADS>(norm.sums, norm.rows, scratch);
   if (c >= C) return;
-  const double mean = sum.first / count;
-  double variance = sum.second / count - mean * mean;
-  variance = variance < 0 ? 0 : variance;  // keeps a NaN
-  const float invstd = 1 / sqrtf(static_cast<float>(variance) + norm.eps);
+  const double each = reciprocal(count), mean = sum.first * each;
+  const double difference = sum.second * each - mean * mean;
+  const float variance = difference < 0 ? 0 : static_cast<float>(difference);  // keeps a NaN
+  const float invstd = 1 / sqrtf(variance + norm.eps);
   const float scale = weight * invstd;
   const float shift = fused_multiply_add(-static_cast<float>(mean), scale, bias);
   store_shared(coefficients + c * 4, scale);
@@ -93,7 +109,7 @@ DEVICE void forward_coefficients(const ForwardNorm& norm, double count, uint32_t
   store_float(norm.saved + C + c, invstd);
   store_float(norm.saved + 2 * C + c, scale);
   store_float(norm.saved + 3 * C + c, shift);
-  const float unbiased = static_cast<float>(variance * (count / (count - 1)));
+  const float unbiased = fused_multiply_add(variance, 1 / static_cast<float>(count - 1), variance);
   store_float(norm.running_mean + c,
               old_mean + norm.momentum * (static_cast<float>(mean) - old_mean));
   store_float(norm.running_var + c, old_var + norm.momentum * (unbiased - old_var));
@@ -112,7 +128,7 @@ DEVICE void backward_coefficients(const BackwardNorm& norm, double count, uint32
   const SumPair sum = merge_sums<C, THREADS>(norm.sums, norm.rows, scratch);
   if (c >= C) return;
   const double sum_dz_yhat = sum.second * invstd;
-  const double m1 = sum.first / count, m2 = sum_dz_yhat / count;
+  const double each = reciprocal(count), m1 = sum.first * each, m2 = sum_dz_yhat * each;
   const double a = static_cast<double>(weight) * invstd;
   const double b = -a * invstd * m2;
   store_shared(coefficients + c * 4, static_cast<float>(a));
