@@ -90,7 +90,8 @@ BackwardResult backward(const char* name, const Tensor& dz, const Tensor& y, con
   if (residual.has_value()) check_stage("residual", *residual, K, y);
   check_fragments(fragments, K * C * 9, y);
   const int grid = check_blocks(blocks);
-  const int64_t rows = conv3x3_backward_rows(static_cast<int>(C), static_cast<int>(stride), grid);
+  const int64_t rows = conv3x3_backward_rows(static_cast<int>(C), static_cast<int>(stride), grid,
+                                             images_of(y));
   const Tensor out = empty_stage(y, C), out_sums = empty_floats({rows, 2, C}, y);
   const Tensor slabs = empty_floats({rows, 9, C, K}, y);
   const Tensor dbn_weight = empty_floats({K}, y), dbn_bias = empty_floats({K}, y);

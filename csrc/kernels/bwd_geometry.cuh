@@ -77,6 +77,12 @@ struct BackwardGeometry {
   static constexpr bool kStaged = C > 16 || STRIDE == 2;
   static constexpr int kSize = Stage<C>::kSize, kDySize = Stage<K>::kSize;
   static constexpr int kImages = kConfig.images;
+  HOST_DEVICE static int units(int images) { return (images + kImages - 1) / kImages; }
+  // of sums and slabs; none is without a unit
+  HOST_DEVICE static int rows(int blocks, int images) {
+    const int most = (blocks + kSplit - 1) / kSplit;
+    return most < units(images) ? most : units(images);
+  }
   static constexpr int kUnitStep = RESIDUAL ? kAscending : kDescending;
   using DyRow = HaloRow<K, kDySize>;
   using ARow = HaloRow<kIn, kSize>;
@@ -158,7 +164,8 @@ struct BackwardGeometry {
   }
 };
 
-// What a warp needs to know of its block.
+// What a warp needs to know of its block. A block without a row of its own finds no units, and
+// only helps to add up the slabs of the kernel before.
 struct BackwardBlock {
   Share units;
   int split;       // which part of the input channels

@@ -197,9 +197,11 @@ DEVICE void weight_gradient(const BackwardParams& p, const BackwardBlock& block,
   if constexpr (G::kGroups == 1) {
     // while the producers finish the last rows
     float* slab = p.slabs + static_cast<long long>(block.row) * G::kSlabElements;
-    gradient.each_pair(block.split * G::kIn, [&](int element, float first, float second) {
-      store_8_bytes(slab + element, make_uint2(as_bits(first), as_bits(second)));
-    });
+    if (units > 0) {
+      gradient.each_pair(block.split * G::kIn, [&](int element, float first, float second) {
+        store_8_bytes(slab + element, make_uint2(as_bits(first), as_bits(second)));
+      });
+    }
     block_barrier();  // every group is through: its memory is free
   } else {
     block_barrier();  // every group is through: its memory is free

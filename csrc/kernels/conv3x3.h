@@ -143,12 +143,12 @@ int conv3x3_forward(const ForwardParams& p, Dtype dtype, int channels, int strid
 int conv3x3_evaluate(const EvaluateParams& p, Dtype dtype, int channels, int stride, int blocks,
                      bool overlap, void* stream);
 
-// `channels` are those of input. `blocks` is rounded up to slab rows * blocks a row.
+// `channels` are those of input. `blocks` is rounded up to whole slab rows.
 int conv3x3_backward(const BackwardParams& p, Dtype dtype, int channels, int stride, int blocks,
                      bool overlap, void* stream);
 
-// Rows of out_sums and slabs that conv3x3_backward writes with `blocks`: blocks, or half of them
-// where two blocks share a row (64 channels).
-int conv3x3_backward_rows(int channels, int stride, int blocks);
+// Rows of out_sums and slabs that conv3x3_backward writes with `blocks`: one a block, or one for
+// two blocks with 64 channels at stride 1, but none for blocks that find no images.
+int conv3x3_backward_rows(int channels, int stride, int blocks, int images);
 
 }  // namespace cifar_resnet_fast

@@ -10,10 +10,11 @@ namespace {
 template <class G>
 __global__ void __launch_bounds__(G::kThreads, 1) conv3x3_backward_kernel(BackwardParams p) {
   const Place place = G::place(thread_index() >> 5);
-  const int row = block_index() / G::kSplit, rows = block_count() / G::kSplit;
-  const BackwardBlock block = {Share((p.images + G::kImages - 1) / G::kImages,
-                                     row * G::kGroups + place.group, rows * G::kGroups),
-                               block_index() % G::kSplit, row, place.group,
+  const int row = block_index() / G::kSplit, rows = G::rows(block_count(), p.images);
+  const bool has_row = row < rows;
+  const Share units(has_row ? G::units(p.images) : 0, row * G::kGroups + place.group,
+                    rows * G::kGroups);
+  const BackwardBlock block = {units, block_index() % G::kSplit, row, place.group,
                                shared_start() + G::kGroupsAt + place.group * G::kGroupBytes};
   if (place.role == Role::kProducer) {
     wait_for_kernel_before();
@@ -25,6 +26,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) conv3x3_backward_kernel(Backwa
   } else {
     input_gradient_stride_2<G>(p, block, place.index);
   }
+  if (!has_row) return;
   // the block's part of its row of sums, over the warps that summed in order
   for (int i = thread_index(); i < 2 * G::kIn; i += G::kThreads) {
     float sum = 0;
@@ -46,8 +48,8 @@ template <class T, int C, int STRIDE, bool RESIDUAL>
 int launch_backward(const BackwardParams& p, int blocks, bool overlap, void* stream) {
   using G = BackwardGeometry<T, C, STRIDE, RESIDUAL>;
   return launch(conv3x3_backward_kernel<G>, p,
-                {conv3x3_backward_rows(C, STRIDE, blocks) * G::kSplit, G::kThreads,
-                 G::kSharedBytes, overlap, stream});
+                {(blocks + G::kSplit - 1) / G::kSplit * G::kSplit, G::kThreads, G::kSharedBytes,
+                 overlap, stream});
 }
 
 template <class T>
@@ -76,11 +78,25 @@ int launch_backward(const BackwardParams& p, int channels, int stride, int block
   }
 }
 
+// B1 and B2 have the same units and splits
+template <int C, int STRIDE>
+int backward_rows(int blocks, int images) {
+  using B1 = BackwardGeometry<BFloat16, C, STRIDE, true>;
+  using B2 = BackwardGeometry<BFloat16, C, STRIDE, false>;
+  static_assert(B1::kImages == B2::kImages && B1::kSplit == B2::kSplit);
+  return B1::rows(blocks, images);
+}
+
 }  // namespace
 
-int conv3x3_backward_rows(int channels, int stride, int blocks) {
-  const int split = channels == 64 && stride == 1 ? 2 : 1;
-  return (blocks + split - 1) / split;
+int conv3x3_backward_rows(int channels, int stride, int blocks, int images) {
+  if (stride == 2) {
+    return channels == 16 ? backward_rows<16, 2>(blocks, images)
+                          : backward_rows<32, 2>(blocks, images);
+  }
+  return channels == 16   ? backward_rows<16, 1>(blocks, images)
+         : channels == 32 ? backward_rows<32, 1>(blocks, images)
+                          : backward_rows<64, 1>(blocks, images);
 }
 
 int conv3x3_backward(const BackwardParams& p, Dtype dtype, int channels, int stride, int blocks,

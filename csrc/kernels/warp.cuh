@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #define DEVICE __device__ __forceinline__
+#define HOST_DEVICE __host__ __device__ __forceinline__
 
 namespace cifar_resnet_fast {
 

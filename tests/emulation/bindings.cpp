@@ -184,8 +184,8 @@ int emulated_conv3x3_evaluate(const EvaluateParams* p, int dtype, int channels, 
                             nullptr);
   });
 }
-int emulated_conv3x3_backward_rows(int channels, int stride, int blocks) {
-  return conv3x3_backward_rows(channels, stride, blocks);
+int emulated_conv3x3_backward_rows(int channels, int stride, int blocks, int images) {
+  return conv3x3_backward_rows(channels, stride, blocks, images);
 }
 int emulated_stem_forward(const StemForwardParams* p, int dtype, int blocks) {
   return guarded(

@@ -25,6 +25,7 @@
 #include <functional>
 
 #define DEVICE inline
+#define HOST_DEVICE inline
 #define __device__
 #define __forceinline__
 #define __global__
