@@ -115,9 +115,12 @@ def test_replayed_steps_are_the_eager_ones(variant, monkeypatch):
 def test_triton_kernels_are_replayed(monkeypatch):
     """The batch and the update by kernels, in the interpreter; the layers in plain PyTorch."""
     usual, _ = train(make_engine(loader={"cutout": 8}), 2)
-    for module in ("_load_batch", "_sgd"):
+    for module in ("_load_batch", "_sgd", "_record_step"):
         module = sys.modules[f"cifar_resnet_fast.ops.{module}"]
         monkeypatch.setattr(module, "choose", lambda *_: "triton")
+    monkeypatch.setattr(
+        sys.modules["cifar_resnet_fast.ops._linear_cross_entropy"], "_choose", lambda *_: "triton"
+    )
     monkeypatch.setattr("cifar_resnet_fast.kernels.sgd.BLOCK", 32768)  # programs are slow here
     engine = make_engine(loader={"cutout": 8})
     assert engine.capture(Rehearsal()) is None
@@ -254,7 +257,8 @@ def test_metrics_are_those_of_the_steps():
         assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
         assert hits == (logits.argmax(1) == labels).sum()
         assert skipped == 0
-        assert engine.optimizer.lr == engine._schedule[step]
+        # already that of the step to come
+        assert engine.optimizer.lr == engine._schedule[min(step + 1, STEPS * EPOCHS - 1)]
 
 
 def test_evaluation_is_the_models():

@@ -142,6 +142,35 @@ def masks(kept: Kept) -> list[Tensor]:
     return [*found, plain_kernels.positive(kept.mask)]
 
 
+@pytest.mark.parametrize(("implementation", "dtype", "depth", "batch"), SHORT)
+def test_gradients_go_where_they_are_to(implementation, dtype, depth, batch, kernels_run, device):
+    """Into given memory, by the first trunk that has the weight, with the usual bits."""
+    kernels_run(implementation)
+    problem = Problem(depth, batch, dtype, device)
+    units = problem.copies()
+    weights = [unit.weight for unit in units]
+    given = weights[:-1]  # the last has no place
+    places = [torch.full_like(weight, float("nan")) for weight in given]
+
+    def differentiate(times):
+        with ops.gradients_into(list(zip(given, places, strict=True))):
+            pooled = [
+                ops.trunk(problem.pictures, units, training=True, implementation=implementation)
+                for _ in range(times)
+            ]
+        return torch.autograd.grad(sum(pooled), weights, problem.dpooled)
+
+    pooled = ops.trunk(problem.pictures, units, training=True, implementation=implementation)
+    usual = torch.autograd.grad(pooled, weights, problem.dpooled)
+    once = differentiate(1)
+    for place, gradient, same in zip(places, once, usual, strict=False):
+        assert gradient.data_ptr() == place.data_ptr()
+        assert torch.equal(place, same)
+    assert torch.equal(once[-1], usual[-1])
+    for gradient, same in zip(differentiate(2), usual, strict=True):
+        assert torch.equal(gradient, same + same), "two trunks' gradients are added up"
+
+
 def test_the_schedule_is_the_network(device, monkeypatch):
     """Apart from any kernel: on plain PyTorch's, in float64, it gives autograd's own results."""
     problem = Problem(14, 2, torch.float64, device)

@@ -28,6 +28,7 @@ from cifar_resnet_fast.kernels.augment import load_batch
 from cifar_resnet_fast.kernels.conv3x3_bwd import conv3x3_bwd
 from cifar_resnet_fast.kernels.conv3x3_fwd import conv3x3_fwd
 from cifar_resnet_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from cifar_resnet_fast.kernels.record_step import record_step
 from cifar_resnet_fast.kernels.sgd import sgd
 from cifar_resnet_fast.kernels.shortcut_a import shortcut_a_bwd, shortcut_a_fwd
 from cifar_resnet_fast.training.engine import DTYPES
@@ -143,6 +144,15 @@ def launch_around_the_network(dtype: torch.dtype, H: int) -> None:
     copy = None if dtype == torch.float32 else empty(853_056, dtype=dtype)
     settings = {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
     sgd(*flat, *scalar, count, copy, decayed=853_056, **settings)
+    record_step(
+        empty(3, 48),
+        *scalar,
+        count,
+        empty(dtype=torch.int64),
+        empty(),
+        empty(7680),
+        advance=True,
+    )
 
 
 @contextmanager

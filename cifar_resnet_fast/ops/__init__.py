@@ -7,9 +7,10 @@ from cifar_resnet_fast.ops._dispatch import IMPLEMENTATIONS, OPERATIONS, choose,
 from cifar_resnet_fast.ops._extension import BUILD_INFO, WHY_NOT_LOADED
 from cifar_resnet_fast.ops._linear_cross_entropy import linear_cross_entropy
 from cifar_resnet_fast.ops._load_batch import load_batch, normalized_bytes
+from cifar_resnet_fast.ops._record_step import record_step
 from cifar_resnet_fast.ops._sgd import sgd
 from cifar_resnet_fast.ops._shortcut_a.operation import shortcut_a
-from cifar_resnet_fast.ops._trunk.operation import trunk
+from cifar_resnet_fast.ops._trunk.operation import gradients_into, trunk
 from cifar_resnet_fast.ops.stage_border import stage_border
 from cifar_resnet_fast.reference import Unit
 
@@ -22,9 +23,11 @@ __all__ = [
     "choose",
     "conv_bn_relu",
     "conv_sync_bn_relu",
+    "gradients_into",
     "linear_cross_entropy",
     "load_batch",
     "normalized_bytes",
+    "record_step",
     "sgd",
     "shortcut_a",
     "stage_border",

@@ -24,6 +24,7 @@ OPERATIONS = {  # and their implementations, fastest first
     "trunk": ("cuda", "triton", "reference"),
     "linear_cross_entropy": ("triton", "reference"),
     "load_batch": ("triton", "reference"),
+    "record_step": ("triton", "reference"),
     "sgd": ("triton", "reference"),
 }
 HAS_TRITON = importlib.util.find_spec("triton") is not None

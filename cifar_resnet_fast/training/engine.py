@@ -151,8 +151,8 @@ class Engine:
             self.evaluated_model, testing, device=device, dtype=dtype, processes=processes
         )
         self._schedule = schedule.to(device)
-        self.done = 0
-        self._step = torch.zeros((), dtype=torch.int64, device=device)  # the same, on the device
+        self._step = torch.zeros((), dtype=torch.int64, device=device)  # `done` on the device
+        self._continue_from(0)
         self.metrics = torch.zeros((3, training.steps), device=device)
         self._readback = Readback(self.metrics)
         self._replay = self._run
@@ -274,9 +274,14 @@ class Engine:
         self.optimizer.skipped.copy_(state["skipped"])
         if self._averaged is not None:
             self._averaged.model.load_state_dict(state["averaged"])
-        self.done = int(state["step"])
-        self._step.fill_(self.done)
+        self._continue_from(int(state["step"]))
         self.metrics.copy_(state["metrics"])
+
+    def _continue_from(self, step: int) -> None:
+        """Have ``step`` steps behind; a step itself sees to the number and rate of the next."""
+        self.done = step
+        self._step.fill_(step)
+        self.optimizer.lr.copy_(self._schedule[min(step, len(self._schedule) - 1)])
 
     def _run(self, dummy: bool = False) -> None:
         """A step, or a ``dummy`` one for warm-up, which no label has a part in."""
@@ -290,22 +295,29 @@ class Engine:
             # the mean over the whole batch is the sum of the parts' shares of it
             loss = loss / self._processes.count
         optimizer.differentiate(loss)
-        optimizer.passengers.copy_(torch.stack((loss.detach(), hits)))
-        self._processes.all_reduce(optimizer.exchanged)
-        here = self._step.reshape(1)
-        optimizer.lr.copy_(self._schedule.index_select(0, here)[0])
+        loss = loss.detach()
+        if self._processes.count > 1:
+            optimizer.passengers.copy_(torch.stack((loss, hits)))
+            self._processes.all_reduce(optimizer.exchanged)
+            loss, hits = optimizer.passengers
         optimizer.step()
         if self._averaged is not None:
             self._averaged.update(first=self._step == 0)
-        column = torch.cat((optimizer.passengers, optimizer.skipped.reshape(1)))
-        self.metrics.index_copy_(1, here % self.metrics.shape[1], column[:, None])
-        if not dummy:
-            self._step += 1
+        ops.record_step(
+            self.metrics,
+            loss,
+            hits,
+            optimizer.skipped,
+            self._step,
+            optimizer.lr,
+            self._schedule,
+            advance=not dummy,
+        )
 
     def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss of the model on a batch, and images classified right."""
         last = _plain_last_layer(self.model)
-        with _autocast(self._device, self._dtype):
+        with _autocast(self._device, self._dtype), self.optimizer.gradients_in_place():
             if last is not None:
                 features = self.model.forward_features(images)
             else:
@@ -315,7 +327,7 @@ class Engine:
                 features, last.weight, last.bias, labels, label_smoothing=self._label_smoothing
             )
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
-        return loss, (logits.argmax(1) == labels).sum()
+        return loss, (logits.argmax(1) == labels).sum().float()
 
     def _state(self) -> list[Tensor]:
         """Every tensor that a step changes and a later step or the user reads."""

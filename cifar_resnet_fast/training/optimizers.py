@@ -5,6 +5,7 @@ what the modules hold afterwards are views, so state dictionaries, deep copies a
 parameters as ever. One kernel then updates all of them, and one all-reduce serves them all.
 """
 
+import contextlib
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -112,7 +113,18 @@ class FlatSGD:
         """Put the gradients of ``loss`` times the loss scale into ``gradients``."""
         # as a gradient that arrives, the scale costs no launch of its own
         found = torch.autograd.grad(loss, self._members, self.loss_scale)
-        torch._foreach_copy_(self._gradient_views, found)
+        # what the backward pass has put into its place already is not copied
+        pairs = [
+            (view, gradient)
+            for view, gradient in zip(self._gradient_views, found, strict=True)
+            if gradient.data_ptr() != view.data_ptr()
+        ]
+        if pairs:
+            torch._foreach_copy_(*zip(*pairs, strict=True))
+
+    def gradients_in_place(self) -> contextlib.AbstractContextManager[None]:
+        """A forward pass inside has its backward pass write into ``gradients`` where it can."""
+        return ops.gradients_into(list(zip(self._members, self._gradient_views, strict=True)))
 
     def step(self) -> None:
         """Update the parameters with ``gradients``; skip and count it if they are not finite."""

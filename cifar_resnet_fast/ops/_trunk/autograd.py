@@ -35,19 +35,21 @@ def trunk(
     dtype: torch.dtype,
     training: bool,
     wants_grad: bool,
+    places: list[Tensor | None] | None,
 ) -> Tensor:
     """``reference.trunk`` on the kernels of ``implementation``; see ``ops.trunk``.
 
     Args:
         dtype: of the activations
         wants_grad: whether a unit's parameters are to have gradients
+        places: of each unit, where the gradient of the weight goes; None for a new tensor
         all others: as ``ops.trunk``, checked
     """
     pictures = kernels_of(implementation).pictures_for_kernels(pictures, dtype)
     *columns, momenta, eps = (list(column) for column in zip(*units, strict=True))
     if training and wants_grad:
         tensors = [tensor for column in columns for tensor in column]
-        return _Trunk.apply(implementation, pictures, momenta, eps, *tensors)
+        return _Trunk.apply(implementation, pictures, momenta, eps, places, *tensors)
     columns = [[tensor.detach() for tensor in column] for column in columns]
     compiling = torch.compiler.is_compiling()
     if training:
@@ -90,12 +92,14 @@ def trunk_bwd(
     kept: list[Tensor],
     weights: list[Tensor],
     bn_weights: list[Tensor],
+    places: list[Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """Gradients of all weights, then of all bn_weights, then of all bn_biases."""
+    """Gradients of all weights, in their ``places``, then of all bn_weights, then of all
+    bn_biases."""
     nothing = [None] * len(weights)  # the backward pass reads no more of a unit
     units = _units(weights, bn_weights, *[nothing] * 5)
     saved = Kept.of(kept, len(units))
-    kernels = kernels_of(implementation).Kernels(units, pictures, saved)
+    kernels = kernels_of(implementation).Kernels(units, pictures, saved, places)
     schedule.backward(kernels, dpooled, pictures, saved)
     return [gradient for column in zip(*kernels.gradients, strict=True) for gradient in column]
 
@@ -147,7 +151,18 @@ def _compiled_fwd(implementation, pictures, *columns_and_keep) -> list[Tensor]:
     return made[len(running) :]
 
 
-_backward_op = torch.library.custom_op("cifar_resnet_fast::trunk_bwd", trunk_bwd, mutates_args=())
+@torch.library.custom_op("cifar_resnet_fast::trunk_bwd", mutates_args=())
+def _backward_op(
+    implementation: str,
+    dpooled: Tensor,
+    pictures: Tensor,
+    kept: list[Tensor],
+    weights: list[Tensor],
+    bn_weights: list[Tensor],
+) -> list[Tensor]:
+    return trunk_bwd(implementation, dpooled, pictures, kept, weights, bn_weights)
+
+
 _eval_op = torch.library.custom_op("cifar_resnet_fast::trunk_eval", trunk_eval, mutates_args=())
 
 
@@ -187,13 +202,13 @@ class _Trunk(torch.autograd.Function):
     """Differentiable in weight, bn_weight and bn_bias of every unit, once."""
 
     @staticmethod
-    def forward(ctx, implementation, pictures, momenta, eps, *tensors):
+    def forward(ctx, implementation, pictures, momenta, eps, places, *tensors):
         count = len(momenta)
         columns = [list(tensors[i : i + count]) for i in range(0, len(tensors), count)]
         run = _compiled_fwd if torch.compiler.is_compiling() else trunk_fwd
         pooled, *kept = run(implementation, pictures, *columns, momenta, eps, True)
         weights, bn_weights = columns[:2]
-        ctx.implementation, ctx.count = implementation, count
+        ctx.implementation, ctx.count, ctx.places = implementation, count, places
         ctx.save_for_backward(pictures, *weights, *bn_weights, *kept)
         return pooled
 
@@ -203,13 +218,17 @@ class _Trunk(torch.autograd.Function):
         count = ctx.count
         pictures, *saved = ctx.saved_tensors
         weights, bn_weights, kept = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        run = _backward_op if torch.compiler.is_compiling() else trunk_bwd
-        gradients = run(ctx.implementation, dpooled, pictures, kept, weights, bn_weights)
+        arguments = (ctx.implementation, dpooled, pictures, kept, weights, bn_weights)
+        if torch.compiler.is_compiling():
+            gradients = _backward_op(*arguments)
+        else:
+            gradients = trunk_bwd(*arguments, ctx.places)
         return (
             None,  # implementation
             None,  # pictures
             None,  # momenta
             None,  # eps
+            None,  # places
             *gradients,  # weights, bn_weights, bn_biases
             *[None] * (2 * count),  # running_means, running_vars
         )

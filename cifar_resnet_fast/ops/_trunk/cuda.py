@@ -58,13 +58,20 @@ class Kernels:
         units: of the trunk
         pictures: as ``pictures_for_kernels`` leaves them
         kept: of the forward pass, for a backward pass
+        places: of each unit, where the gradient of the weight goes; None for new tensors
 
     Attributes:
         weights: the prepared weights, one tensor
         gradients: of weight, bn_weight and bn_bias of each unit, whole after ``stem_backward``
     """
 
-    def __init__(self, units: Sequence[Unit], pictures: Tensor, kept: Kept | None = None):
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        pictures: Tensor,
+        kept: Kept | None = None,
+        places: Sequence[Tensor | None] | None = None,
+    ):
         self._ops = torch.ops.cifar_resnet_fast
         self._units = units
         self._blocks = multiprocessors(pictures.device)  # a block fills one
@@ -77,6 +84,7 @@ class Kernels:
         self._forward = [pieces[0], *pieces[1::2]]
         self._backward = [None, *pieces[2::2]]
         self.gradients = [()] * len(units)
+        self._places = [None] * len(units) if places is None else places
         self._left = (None, None)  # slabs, and the gradient that they are to be added up into
 
     def _norm(self, i: int) -> tuple:
@@ -153,7 +161,8 @@ class Kernels:
 
     def _leave(self, i: int, slabs: Tensor, dbn_weight: Tensor, dbn_bias: Tensor) -> None:
         """The next kernel adds up the slabs."""
-        dweight = torch.empty_like(self._units[i].weight)
+        place = self._places[i]
+        dweight = torch.empty_like(self._units[i].weight) if place is None else place
         self._left = (slabs, dweight)
         self.gradients[i] = (dweight, dbn_weight, dbn_bias)
 

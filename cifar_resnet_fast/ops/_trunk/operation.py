@@ -3,8 +3,10 @@
 Twin: ``reference.trunk``. Order of the kernels: schedule.py; autograd: autograd.py.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +24,27 @@ from cifar_resnet_fast.ops._checks import (
 from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
 from cifar_resnet_fast.ops._trunk import schedule
 from cifar_resnet_fast.reference import Unit
+
+_given = threading.local()  # id of a weight to the memory for its gradient, inside gradients_into
+
+
+@contextlib.contextmanager
+def gradients_into(places: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Where the backward pass of a trunk that runs inside is to put gradients of weights.
+
+    They are then what autograd gives for these weights, so nothing need be copied. Kernels alone
+    do that: the reference, and a trunk inside torch.compile, give new tensors. A place is used
+    once, by the first trunk that has the weight, so sums of gradients stay right.
+
+    Args:
+        places: pairs of a weight of a unit and memory of its shape, strides, dtype and device
+    """
+    before = getattr(_given, "places", {})
+    _given.places = {id(weight): place for weight, place in places}
+    try:
+        yield
+    finally:
+        _given.places = before
 
 
 def trunk(
@@ -62,7 +85,11 @@ def trunk(
     # only where it is used: torch.library's custom operations import triton
     from cifar_resnet_fast.ops._trunk import autograd as trunk_autograd
 
-    return trunk_autograd.trunk(chosen, pictures, units, dtype, training, wants_grad)
+    places = None
+    if training and wants_grad and not torch.compiler.is_compiling():
+        given = getattr(_given, "places", {})
+        places = [given.pop(id(unit.weight), None) for unit in units]
+    return trunk_autograd.trunk(chosen, pictures, units, dtype, training, wants_grad, places)
 
 
 def _check(pictures: Tensor, units: Sequence[Unit], training: bool) -> None:

@@ -56,16 +56,24 @@ class Kernels:
         units: of the trunk
         pictures: as ``pictures_for_kernels`` leaves them
         kept: of the forward pass, for a backward pass
+        places: of each unit, where the gradient of the weight goes; None for new tensors
 
     Attributes:
         weights: one tensor a unit
         gradients: of weight, bn_weight and bn_bias of each unit
     """
 
-    def __init__(self, units: Sequence[Unit], pictures: Tensor, kept: Kept | None = None):
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        pictures: Tensor,
+        kept: Kept | None = None,
+        places: Sequence[Tensor | None] | None = None,
+    ):
         self._units = units
         self.weights = packed_weights(units, pictures.dtype) if kept is None else kept.weights
         self.gradients = [()] * len(units)
+        self._places = [None] * len(units) if places is None else places
 
     def _norm(self, i: int, sums: Tensor) -> Tensor:
         return bn.bn_merge_fwd(sums, *self._units[i][1:])
@@ -132,7 +140,8 @@ class Kernels:
         coef, dbn_weight, dbn_bias = bn.bn_merge_bwd(
             sums, norm, pixels, True, unit.bn_weight.dtype
         )
-        dweight = torch.empty_like(unit.weight)
+        place = self._places[i]
+        dweight = torch.empty_like(unit.weight) if place is None else place
         self.gradients[i] = (dweight, dbn_weight, dbn_bias)
         return conv3x3_bwd(
             dz,
