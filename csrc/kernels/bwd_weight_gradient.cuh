@@ -16,22 +16,30 @@ struct WeightGradient {
   static constexpr int kColumns = G::kConfig.columns_per_warp;
   // 16 pixels of dy at a time; a unit's row has so many of them
   static constexpr int kPieces = G::kTiles;
+  // With 16 channels the two pieces are those of the forward product (tile_pixel in
+  // row_layout.cuh): four fragments of a, with shifts -1 .. 2, serve three taps of both, and
+  // consecutive lanes read different banks. Otherwise a piece has a fragment for each kx.
+  static constexpr bool kByShift = G::K == 16;
+  static constexpr int kAddresses = kByShift ? 4 : 3;
+  static constexpr int kFragments = kByShift ? 4 : 3 * kPieces;
 
   Tile sum[9][kColumns];
-  uint32_t dy, a[3];     // the lane's addresses of the first piece, for a by kx
-  int c_16, first_k_16;  // which input, and first output, channels
+  uint32_t dy, a[kAddresses];  // the lane's addresses of the first piece, for a by shift or kx
+  int c_16, first_k_16;        // which input, and first output, channels
 
   DEVICE WeightGradient(const BackwardBlock& block, int index)
       : c_16(index % (G::kIn / 16)), first_k_16(index / (G::kIn / 16) * kColumns) {
     const int lane = thread_index() & 31, row = lane & 7, low = lane >> 3 & 1, high = lane >> 4;
     // 16 pixels: of a row of one image, or 8 of two
     auto image = [](int half) { return G::K == 64 ? half : 0; };
-    auto pixel = [&](int half) { return G::K == 64 ? row : row + 8 * half; };
+    auto pixel = [&](int half) {
+      return kByShift ? 4 * row + 2 * half : G::K == 64 ? row : row + 8 * half;
+    };
     dy = block.start + G::kDyAt + G::DyRow::offset(image(low), pixel(low), high);
 #pragma unroll
-    for (int kx = 0; kx < 3; ++kx) {
-      const int x = G::STRIDE * pixel(high) + kx - 1;
-      a[kx] =
+    for (int i = 0; i < kAddresses; ++i) {
+      const int x = G::STRIDE * pixel(high) + i - 1;
+      a[i] =
           G::ARow::channels_on(block.start + G::kAAt + G::ARow::offset(image(high), x, low), c_16);
     }
 #pragma unroll
@@ -39,11 +47,15 @@ struct WeightGradient {
   }
   // the piece after the one at an address
   DEVICE static uint32_t next_piece_of_dy(uint32_t address) {
-    constexpr int kBytes = G::K == 16 ? 512 : G::DyRow::kImageBytes * (G::K == 64 ? 2 : 1);
-    return G::DyRow::template lines_on<kBytes / 128>(address);
+    if constexpr (kByShift) {
+      return address ^ 32;  // from an even pixel to the odd one
+    } else {
+      constexpr int kBytes = G::DyRow::kImageBytes * (G::K == 64 ? 2 : 1);
+      return G::DyRow::template lines_on<kBytes / 128>(address);
+    }
   }
   DEVICE static uint32_t next_piece_of_a(uint32_t address) {
-    constexpr int kBytes = G::K == 16 ? 512 : G::ARow::kImageBytes * (G::K == 64 ? 2 : 1);
+    constexpr int kBytes = G::ARow::kImageBytes * (G::K == 64 ? 2 : 1);
     return G::ARow::template lines_on<kBytes / 128>(address);
   }
 
@@ -93,20 +105,29 @@ struct WeightGradient {
             rows[turn].clear();
           }
           if (y > 0) {
-            // pixels are loaded one piece ahead of the products
+            // pixels are loaded one fragment ahead of the products
             uint32_t pixels[2][4], address = 0;
             auto load = [&](int i) {
-              address = i % kPieces == 0 ? a[i / kPieces] + a_row * G::kARowBytes
-                                         : next_piece_of_a(address);
+              if constexpr (kByShift) {
+                address = a[i] + a_row * G::kARowBytes;
+              } else {
+                address = i % kPieces == 0 ? a[i / kPieces] + a_row * G::kARowBytes
+                                           : next_piece_of_a(address);
+              }
               load_matrices_transposed(pixels[i & 1], address);
             };
             load(0);
 #pragma unroll
-            for (int i = 0; i < 3 * kPieces; ++i) {
-              if (i + 1 < 3 * kPieces) load(i + 1);
+            for (int i = 0; i < kFragments; ++i) {
+              if (i + 1 < kFragments) load(i + 1);
 #pragma unroll
-              for (int ky = 0; ky < 3; ++ky) {
-                add(ky * 3 + i / kPieces, pixels[i & 1], rows[(turn + 3 - ky) % 3], i % kPieces);
+              for (int piece = 0; piece < kPieces; ++piece) {
+                const int kx = kByShift ? i - piece : i / kPieces;
+                if (kByShift ? kx < 0 || kx > 2 : piece != i % kPieces) continue;
+#pragma unroll
+                for (int ky = 0; ky < 3; ++ky) {
+                  add(ky * 3 + kx, pixels[i & 1], rows[(turn + 3 - ky) % 3], piece);
+                }
               }
             }
           }
