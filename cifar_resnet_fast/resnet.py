@@ -27,6 +27,8 @@ class FastResNet(nn.Module):
         depth: 6n + 2, at least 8; the paper's are 20, 32, 44, 56, 110 and 1202
         num_classes: at least 2
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
+        zero_init_last: the last normalisation of each block starts with scale 0, so that the
+            block starts as its shortcut (Goyal et al. 2017, section 5.1)
 
     ``forward(x)``: x [N, 3, H, W], any memory format, to logits [N, num_classes]. All but the last
     layer is one operation, ``ops.trunk``. Layer by layer goes what that is not made for: modules
@@ -37,7 +39,13 @@ class FastResNet(nn.Module):
         ValueError: depth, num_classes or implementation break their rules
     """
 
-    def __init__(self, depth: int, num_classes: int = 10, implementation: str = "auto"):
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int = 10,
+        implementation: str = "auto",
+        zero_init_last: bool = False,
+    ):
         super().__init__()
         check_depth(depth)
         if num_classes < 2:
@@ -61,6 +69,8 @@ class FastResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            elif isinstance(module, BasicBlock) and zero_init_last:
+                nn.init.zeros_(module.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.forward_features(x).to(self.linear.weight.dtype))

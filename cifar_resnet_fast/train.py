@@ -271,11 +271,19 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
         dtype=dtype,
         augmented=False,
     )
-    evaluator = Evaluator(model, loader, device=device, dtype=dtype, processes=processes)
+    evaluator = Evaluator(
+        model,
+        loader,
+        device=device,
+        dtype=dtype,
+        processes=processes,
+        mirrored=config.tta == "flip",
+    )
     evaluator.start()
-    loss, accuracy = evaluator.result()
+    loss, accuracy, *mirrored = evaluator.result()
+    flip = f" ({100 * mirrored[0]:.2f} % with mirror images)" if mirrored else ""
     print(
-        f"ResNet-{depth} on {dataset.name}: test accuracy {100 * accuracy:.2f} %, "
+        f"ResNet-{depth} on {dataset.name}: test accuracy {100 * accuracy:.2f} %{flip}, "
         f"loss {loss:.4f}, {len(dataset.x_test)} pictures; {config.eval}"
     )
     return 0

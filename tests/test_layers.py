@@ -60,6 +60,8 @@ FLOORS = {
     "data.datasets": 2.1,
     "data.loader": 2.1,
     "training.optimizers": 2,
+    "training.recipes": 2,
+    "training.schedules": 2,
     "training.capture": 2,
     "training.config": 2.2,
     "training.engine": 3,

@@ -20,6 +20,8 @@ from torch import Tensor
 from cifar_resnet_fast import ops
 
 CROP_PADDING = 4  # pixels of zeros on each side (He et al. 2015, section 4.2)
+FLIPS = ("random", "alternating")
+_NO_EPOCH = 2**64 - 1  # the key of draws that are the same in all epochs
 _CHUNK_STEPS = 16  # steps a half of the window holds: 50 MB at batch size 1024
 
 
@@ -41,30 +43,41 @@ class EpochDraws:
     cx: Tensor
 
 
-def draw_epoch(seed: int, epoch: int, size: int) -> EpochDraws:
+def draw_epoch(seed: int, epoch: int, size: int, flip: str = "random") -> EpochDraws:
     """The draws of an epoch: the same for the same arguments, everywhere and for ever.
 
     Args:
         seed: of the run, 0 .. 2**64 - 1
         epoch: from 0
         size: number of training pictures
+        flip: ``random`` draws anew whether an image is mirrored; ``alternating`` draws once for
+            each image whether that is in the even or in the odd epochs, so that two epochs in
+            succession have both (Jordan 2024, section 3.6)
     """
-    raw = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(3 * size)
-    keys, bits, centre = raw.reshape(3, size)
+    keys, bits, centre = _philox(seed, epoch, 3 * size).reshape(3, size)
+    order = np.argsort(keys, kind="stable")
     offsets = np.uint64(2 * CROP_PADDING + 1)
     # 31 bits an offset, whose remainder by 9 is uniform to 4e-9; the top bit for the flip
     dy = (bits & np.uint64(0x7FFFFFFF)) % offsets
     dx = ((bits >> np.uint64(31)) & np.uint64(0x7FFFFFFF)) % offsets
-    flip = bits >> np.uint64(63)
+    mirrored = bits >> np.uint64(63)
+    if flip == "alternating":
+        of_image = _philox(seed, _NO_EPOCH, size) >> np.uint64(63)
+        mirrored = of_image[order] ^ np.uint64(epoch % 2)
     cy, cx = centre >> np.uint64(59), (centre >> np.uint64(54)) & np.uint64(31)
     return EpochDraws(
-        torch.from_numpy(np.argsort(keys, kind="stable")),
+        torch.from_numpy(order),
         torch.from_numpy(dy.astype(np.int64)),
         torch.from_numpy(dx.astype(np.int64)),
-        torch.from_numpy(flip.astype(bool)),
+        torch.from_numpy(mirrored.astype(bool)),
         torch.from_numpy(cy.astype(np.int64)),
         torch.from_numpy(cx.astype(np.int64)),
     )
+
+
+def _philox(seed: int, epoch: int, count: int) -> np.ndarray:
+    """[count] uint64. A stream of its own for each seed and epoch."""
+    return np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(count)
 
 
 class Loader:
@@ -85,6 +98,7 @@ class Loader:
             pictures left over are dropped; False for all pictures in their own order, as they are,
             the last batch filled up with black pictures of label -1
         cutout: side of the square taken away from each augmented picture, or 0
+        flip: of augmented images, as ``draw_epoch`` has it
         rank, processes: makes the ``rank``-th part of each batch
         resident: whether the whole set lies on the device; None where it takes at most half of
             the free memory
@@ -105,6 +119,7 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         augmented: bool = True,
         cutout: int = 0,
+        flip: str = "random",
         rank: int = 0,
         processes: int = 1,
         resident: bool | None = None,
@@ -122,6 +137,7 @@ class Loader:
         self.batch_size = batch_size
         self.part_size = batch_size // processes  # this process's pictures of a batch
         self._augmented, self._cutout = augmented, cutout if augmented else 0
+        self._flip = flip
         self._rank, self._processes = rank, processes
         self._values = ops.normalized_bytes(mean, std, dtype).to(device)
         self._draws = torch.zeros((6, self.steps * self.part_size), dtype=torch.int32).to(device)
@@ -183,7 +199,7 @@ class Loader:
     def _table(self, seed: int, epoch: int) -> Tensor:
         """[6, steps * part_size] int32, on the CPU. The epoch's draws, of this process's part."""
         if self._augmented:
-            draws = draw_epoch(seed, epoch, self.size)
+            draws = draw_epoch(seed, epoch, self.size, self._flip)
             columns = (draws.order, draws.dy, draws.dx, draws.flip, draws.cy, draws.cx)
             table = torch.stack([column.int() for column in columns])
         else:

@@ -10,7 +10,10 @@ from typing import Any
 
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.datasets import NAMES
+from cifar_resnet_fast.data.loader import FLIPS
 from cifar_resnet_fast.resnet import check_depth
+from cifar_resnet_fast.training.recipes import RECIPES
+from cifar_resnet_fast.training.schedules import SCHEDULES
 
 
 def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -43,6 +46,9 @@ class TrainConfig:
     )
     limit: int | None = _flag(None, "use only the first so many pictures of each split")
 
+    recipe: str = _flag(
+        "paper", "named settings, which the other flags change one by one", tuple(RECIPES)
+    )
     epochs: int = _flag(160, "passes over the training pictures")
     batch_size: int = _flag(
         1024,
@@ -58,11 +64,36 @@ class TrainConfig:
     decay_weights_only: bool = _flag(
         False, "no weight decay on the normalisations' parameters and the biases"
     )
-    warmup_epochs: float = _flag(5.0, "epochs over which the learning rate rises linearly")
-    milestones: tuple[int, ...] = _flag((80, 120), "epochs at which it drops to a tenth")
+    schedule: str = _flag(
+        "step", "how the learning rate falls after the warm-up: in tenths or gradually", SCHEDULES
+    )
+    warmup_epochs: float = _flag(5.0, "epochs over which the learning rate rises to the peak")
+    milestones: tuple[int, ...] = _flag(
+        (80, 120), "epochs at which it drops to a tenth, with --schedule step"
+    )
+    final_lr: float = _flag(
+        0.0, "share of the peak at which the run ends, with the other schedules"
+    )
     label_smoothing: float = _flag(0.0, "of the training loss, 0 to 1")
+    flip: str = _flag(
+        "random",
+        "mirror each training image at random, or in every second epoch",
+        FLIPS,
+    )
     cutout: int = _flag(0, "side of the square taken away from each training picture (0: none)")
     ema: float = _flag(0.0, "decay a step of averaged weights to evaluate with; 0 for none")
+    ema_start: float = _flag(
+        0.0, "epochs after which the average starts, as a copy of the weights of then"
+    )
+    zero_init_last: bool = _flag(
+        False, "the last normalisation of each block starts with scale 0 in place of 1"
+    )
+    evaluate_every: int = _flag(1, "epochs between evaluations; the last one has its own always")
+    tta: str = _flag(
+        "none",
+        "flip adds the accuracy of the mean over each image and its mirror image",
+        ("none", "flip"),
+    )
     seed: int = _flag(0, "of the initial weights and of every random draw")
     runs: int = _flag(1, "train so many times, with seeds from --seed on")
 
@@ -99,9 +130,10 @@ class TrainConfig:
             ("runs", 1),
             ("limit", 1),
             ("batch_size_per_process", 1),
+            ("evaluate_every", 1),
         ):
             self._check(name, lambda v, low=minimum: v is None or v >= low, f"at least {minimum}")
-        for name in ("validation", "warmup_epochs", "weight_decay", "cutout"):
+        for name in ("validation", "warmup_epochs", "weight_decay", "cutout", "ema_start"):
             self._check(name, lambda v: v >= 0 and math.isfinite(v), "0 or more")
         for name in ("lr", "timeout"):
             self._check(name, lambda v: v > 0 and math.isfinite(v), "more than 0")
@@ -121,6 +153,22 @@ class TrainConfig:
         self._check("nesterov", lambda v: not v or self.momentum > 0, "off where momentum is 0")
         for name in ("momentum", "label_smoothing", "ema"):
             self._check(name, lambda v: 0 <= v < 1, "at least 0 and less than 1")
+        self._check("final_lr", lambda v: 0 <= v <= 1, "a share of the peak, 0 .. 1")
+        self._check(
+            "final_lr",
+            lambda v: v == 0 or self.schedule != "step",
+            "left out with schedule step",
+        )
+        self._check(
+            "warmup_epochs",
+            lambda v: v < self.epochs or self.schedule == "step",
+            f"less than the {self.epochs} epochs with schedule {self.schedule}",
+        )
+        self._check(
+            "ema_start",
+            lambda v: v == 0 or (self.ema > 0 and v < self.epochs),
+            f"less than the {self.epochs} epochs, and left out without ema",
+        )
         self._check("seed", lambda v: 0 <= v < 2**63, "in 0 .. 2**63 - 1")
         self._check(
             "milestones",
@@ -136,6 +184,13 @@ class TrainConfig:
         value = getattr(self, name)
         if not obeys(value):
             raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+    @classmethod
+    def of_recipe(cls, recipe: str, **changes: Any) -> "TrainConfig":
+        """The settings of a named recipe, one of ``RECIPES``, with some of them changed."""
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+        return cls(**{**RECIPES[recipe], "recipe": recipe, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """What is trained, as plain values for config.json; not where (out, resume, eval)."""
@@ -187,7 +242,7 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
         options: dict[str, Any] = {"help": item.metadata["help"]}
         hint = hints[item.name]
         if hint is bool:
-            options["action"] = "store_true"
+            options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hint) is tuple:
             options |= {"type": int, "nargs": "*", "metavar": "EPOCH"}
         else:
@@ -203,7 +258,7 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
     given = vars(parser.parse_args(arguments))
     if "milestones" in given:
         given["milestones"] = tuple(given["milestones"])
-    return TrainConfig(**given), given
+    return TrainConfig.of_recipe(**{"recipe": "paper", **given}), given
 
 
 class _Parser(argparse.ArgumentParser):

@@ -28,6 +28,7 @@ class Evaluator:
         device: where it runs
         dtype: of the activations
         processes: that share the pictures
+        mirrored: score the mean over each image and its mirror image, too
     """
 
     def __init__(
@@ -38,13 +39,16 @@ class Evaluator:
         device: torch.device,
         dtype: torch.dtype,
         processes: Processes,
+        mirrored: bool = False,
     ):
         self._processes = processes
+        self._mirrored = mirrored
         self.model = model.to(device, memory_format=torch.channels_last)
         self._loader = loader
         self._device, self._dtype = device, dtype
-        # cross entropy and hits, summed over the pictures so far; and batches ever made
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        # summed over the images so far: cross entropy, hits and, if mirrored, hits of the means;
+        # and batches ever made
+        self._sums = torch.zeros(2 + mirrored, dtype=torch.float64, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._done = 0
         self._replay = self._run
@@ -57,11 +61,14 @@ class Evaluator:
             self._replay()
             self._done += 1
 
-    def result(self) -> tuple[float, float]:
-        """Mean cross entropy and accuracy (0 .. 1) over all pictures."""
+    def result(self) -> tuple[float, ...]:
+        """Mean cross entropy and accuracy (0 .. 1) over all pictures.
+
+        With ``mirrored`` there is a third number, the accuracy of the mean of the logits of each
+        image and of its mirror image.
+        """
         self._processes.all_reduce(self._sums)
-        loss, hits = self._sums.tolist()
-        return loss / self._loader.size, hits / self._loader.size
+        return tuple(value / self._loader.size for value in self._sums.tolist())
 
     def capture(self, capture: CudaGraphs) -> None:
         """Replay a batch from now on; raises as ``capture``. Sums and counter stay as they are."""
@@ -80,7 +87,13 @@ class Evaluator:
         with _autocast(self._device, self._dtype):
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-1)
-        self._sums += torch.stack((loss, (logits.argmax(1) == labels).sum()))
+        sums = [loss, (logits.argmax(1) == labels).sum()]
+        if self._mirrored:
+            with _autocast(self._device, self._dtype):
+                other = self.model(images.flip(3))
+            both = logits.float() + other.float()
+            sums.append((both.argmax(1) == labels).sum())
+        self._sums += torch.stack(sums)
         self._step += 1
 
 
@@ -99,6 +112,8 @@ class Engine:
         loss_scale: the backward pass runs on the loss times this, which keeps small gradients
             from vanishing in float16
         ema: decay a step of the averaged weights, which evaluation then uses; 0 for none
+        ema_start: steps taken before the average; up to there it is a copy of the weights
+        mirrored: evaluation scores the mean over each image and its mirror image, too
         processes: that train together, each on its part of every batch. The gradients of all are
             summed, so weights and metrics stay the same everywhere. The statistics of a batch
             normalisation are those of each process's part, unless the model has SyncBatchNorm;
@@ -128,6 +143,8 @@ class Engine:
         label_smoothing: float = 0.0,
         loss_scale: float = 1.0,
         ema: float = 0.0,
+        ema_start: int = 0,
+        mirrored: bool = False,
         processes: Processes,
     ):
         self.model = model.to(device, memory_format=torch.channels_last)
@@ -147,8 +164,14 @@ class Engine:
         self._buffers = flatten_buffers(model)
         self._flats = [self.optimizer.parameters, *self._buffers]
         self._averaged = AveragedWeights(model, self._flats, ema) if ema else None
+        self._ema_start = ema_start
         self._evaluator = Evaluator(
-            self.evaluated_model, testing, device=device, dtype=dtype, processes=processes
+            self.evaluated_model,
+            testing,
+            device=device,
+            dtype=dtype,
+            processes=processes,
+            mirrored=mirrored,
         )
         self._schedule = schedule.to(device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)  # `done` on the device
@@ -302,7 +325,7 @@ class Engine:
             loss, hits = optimizer.passengers
         optimizer.step()
         if self._averaged is not None:
-            self._averaged.update(first=self._step == 0)
+            self._averaged.update(first=self._step <= self._ema_start)
         ops.record_step(
             self.metrics,
             loss,

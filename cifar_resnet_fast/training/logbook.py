@@ -11,9 +11,12 @@ train_accuracy     the same, 0 .. 1
 skipped_steps      since the start of the run, whose gradients were not finite
 test_loss          mean over the evaluated split after the epoch
 test_accuracy      the same, 0 .. 1 (of the held-out split with --validation)
+test_accuracy_flip with --tta flip: of the mean over each image and its mirror image
 images_per_second  training only
 seconds            training and evaluation since the start of the run
 =================  ========================================================
+
+The rows of epochs that are not evaluated (--evaluate-every) have none of the test columns.
 """
 
 import json
@@ -124,11 +127,16 @@ class Logbook:
             f"epoch {row['epoch']:>{len(str(self._epochs))}}/{self._epochs}  "
             f"lr {row['lr']:.4f}  loss {row['train_loss']:.4f}  "
             f"accuracy {100 * row['train_accuracy']:6.2f} %  "
-            f"{self._evaluated} {100 * row['test_accuracy']:6.2f} %  "
+            f"{self._scores(row)}"
             f"{row['images_per_second']:,.0f} images/s"
         )
         if time.monotonic() - self._curves_drawn > _CURVES_EVERY_SECONDS:
             self._draw_curves()
+
+    def _scores(self, row: dict) -> str:
+        names = (("test_accuracy", self._evaluated), ("test_accuracy_flip", "flip"))
+        parts = [f"{label} {100 * row[name]:6.2f} %  " for name, label in names if name in row]
+        return "".join(parts)
 
     def say(self, line: str) -> None:
         """Print a line above the bar, as it is."""
@@ -160,10 +168,12 @@ def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> Non
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
     loss, accuracy = figure.subplots(1, 2)
-    for split, label in (("train", "training"), ("test", evaluated)):
-        loss.plot(epochs, [r[f"{split}_loss"] for r in rows], label=label, marker=marker)
-        percent = [100 * r[f"{split}_accuracy"] for r in rows]
-        accuracy.plot(epochs, percent, label=label, marker=marker)
+    scored = [row for row in rows if "test_accuracy" in row]
+    for split, label, shown in (("train", "training", rows), ("test", evaluated, scored)):
+        at = [r["epoch"] for r in shown]
+        loss.plot(at, [r[f"{split}_loss"] for r in shown], label=label, marker=marker)
+        percent = [100 * r[f"{split}_accuracy"] for r in shown]
+        accuracy.plot(at, percent, label=label, marker=marker)
     loss.set(xlabel="epoch", ylabel="cross entropy", yscale="log")
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter("{x:g}")
@@ -175,8 +185,9 @@ def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> Non
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     loss.legend(loc="lower left")
-    last = rows[-1]
-    accuracy.set_title(f"{100 * last['test_accuracy']:.2f} % after epoch {last['epoch']}")
+    if scored:
+        last = scored[-1]
+        accuracy.set_title(f"{100 * last['test_accuracy']:.2f} % after epoch {last['epoch']}")
     accuracy.legend(loc="lower right")
     temporary = path.with_suffix(".tmp")
     figure.savefig(temporary, format="png", dpi=120)

@@ -1,4 +1,4 @@
-"""The recipe's optimiser over flat buffers, averaged weights, and the schedule (layer 2).
+"""The recipe's optimiser over flat buffers, and averaged weights (layer 2).
 
 A model's parameters are moved into one flat buffer each of float32 values, gradients and momenta;
 what the modules hold afterwards are views, so state dictionaries, deep copies and checkpoints see
@@ -231,28 +231,3 @@ def flatten_buffers(model: nn.Module) -> list[Tensor]:
     """Move a model's buffers into one flat buffer for each of their dtypes."""
     dtypes = dict.fromkeys(buffer.dtype for buffer in model.buffers())
     return [flatten([b for b in model.buffers() if b.dtype == dtype]) for dtype in dtypes]
-
-
-def learning_rate(
-    step: int,
-    *,
-    steps_per_epoch: int,
-    lr: float,
-    warmup_epochs: float,
-    milestones: Sequence[int],
-) -> float:
-    """The learning rate of a step: linear warm-up, then a tenth at each milestone.
-
-    Args:
-        step: from 0, counted from the start of the training
-        steps_per_epoch: full batches in an epoch
-        lr: peak, reached with the last step of the warm-up
-        warmup_epochs: length of the warm-up; 0 for none
-        milestones: epochs, from 0, at whose start the rate drops to a tenth
-
-    Source: He et al. 2015, section 4.2 (milestones); Goyal et al. 2017, section 2.2 (warm-up).
-    """
-    warmup_steps = warmup_epochs * steps_per_epoch
-    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    passed = sum(step >= milestone * steps_per_epoch for milestone in milestones)
-    return lr * warmup * 0.1**passed

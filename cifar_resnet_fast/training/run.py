@@ -25,7 +25,7 @@ from cifar_resnet_fast.training.config import TrainConfig, flag_of
 from cifar_resnet_fast.training.engine import DTYPES, Engine
 from cifar_resnet_fast.training.logbook import Logbook, SilentLogbook, read_metrics
 from cifar_resnet_fast.training.memory import batch_must_fit
-from cifar_resnet_fast.training.optimizers import learning_rate
+from cifar_resnet_fast.training.schedules import learning_rates
 from cifar_resnet_fast.training.signals import StopRequest
 
 _SHOW_EVERY_SECONDS = 0.2
@@ -65,6 +65,7 @@ class RunData:
             dataset.y_train,
             batch_size=config.batch_size,
             cutout=config.cutout,
+            flip=config.flip,
             **settings,
         )
         self.testing = Loader(
@@ -101,14 +102,26 @@ class Run:
         self.config, self.folder, self.data = config, folder, data
         self.processes = processes
         torch.manual_seed(config.seed)
-        model = FastResNet(config.depth, data.num_classes, config.implementation)
+        model = FastResNet(
+            config.depth, data.num_classes, config.implementation, config.zero_init_last
+        )
         if config.sync_bn and processes.count > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        steps_per_epoch = data.training.steps
+        self._rates = learning_rates(
+            config.epochs * steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
+            lr=config.lr,
+            schedule=config.schedule,
+            warmup_epochs=config.warmup_epochs,
+            milestones=config.milestones,
+            final_lr=config.final_lr,
+        )
         self.engine = Engine(
             model,
             data.training,
             data.testing,
-            schedule=self._schedule(),
+            schedule=self._rates.float(),
             seed=config.seed,
             device=processes.device,
             dtype=DTYPES[config.dtype],
@@ -119,6 +132,8 @@ class Run:
             label_smoothing=config.label_smoothing,
             loss_scale=config.loss_scale,
             ema=config.ema,
+            ema_start=round(config.ema_start * steps_per_epoch),
+            mirrored=config.tta == "flip",
             processes=processes,
         )
         self.seconds = 0.0
@@ -209,12 +224,18 @@ class Run:
                 self._save()
                 raise self._stopped()
         engine.ask_metrics()
-        engine.start_evaluation()  # before anything waits, so that the device stays busy
+        if self._evaluates(epoch):
+            engine.start_evaluation()  # before anything waits, so that the device stays busy
         engine.read_metrics()  # waits for the last step, not for the evaluation
         elapsed = time.monotonic() - began
         self._show(self.step, (self.step - first) / elapsed, epoch, logbook)
         self.seconds += elapsed
         return (self.step - first) * training.batch_size / elapsed
+
+    def _evaluates(self, epoch: int) -> bool:
+        """Whether the network is evaluated after this epoch, from 0."""
+        finished = epoch + 1
+        return finished % self.config.evaluate_every == 0 or finished == self.config.epochs
 
     def _agreed(self, wish: bool) -> bool:
         """Whether to stop after this step. All processes decide the same, and not at each step,
@@ -240,18 +261,20 @@ class Run:
         loss, accuracy = self._epoch_so_far(epoch, self.data.training.steps)
         self._check_weights()
         skipped = int(self.engine.read_metrics()[2, -1])
-        test_loss, test_accuracy = self.engine.evaluation()
+        scores = {}
+        if self._evaluates(epoch):
+            names = ("test_loss", "test_accuracy", "test_accuracy_flip")
+            scores = dict(zip(names, self.engine.evaluation(), strict=False))
         self.seconds += time.monotonic() - began
         logbook.add(
             {
                 "epoch": epoch + 1,
                 "step": self.step,
-                "lr": self._learning_rate(self.step - 1),
+                "lr": self._rates[self.step - 1].item(),
                 "train_loss": loss,
                 "train_accuracy": accuracy,
                 "skipped_steps": skipped,
-                "test_loss": test_loss,
-                "test_accuracy": test_accuracy,
+                **scores,
                 "images_per_second": round(images_per_second, 1),
                 "seconds": round(self.seconds, 3),
             }
@@ -289,19 +312,6 @@ class Run:
     def _kept(self) -> str:
         path = self.folder / _CHECKPOINT
         return f"{path} keeps the last good state" if path.exists() else "nothing was saved yet"
-
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(
-            step,
-            steps_per_epoch=self.data.training.steps,
-            lr=self.config.lr,
-            warmup_epochs=self.config.warmup_epochs,
-            milestones=self.config.milestones,
-        )
-
-    def _schedule(self) -> torch.Tensor:
-        steps = self.config.epochs * self.data.training.steps
-        return torch.tensor([self._learning_rate(step) for step in range(steps)])
 
     def _stopped(self) -> RunStopped:
         # torchrun ends all processes with the first that ends; the others are to have saved
