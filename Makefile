@@ -1,5 +1,6 @@
 # make train            train something real on what is here; ARGS="--depth 56" passes flags on
 # make test             run the tests
+# make gpu-check        whether every kernel is right on this GPU: two minutes, a line a check, selfcheck.json
 # make bench            measure operations, kernels, steps and loaders on the GPU, and draw the report
 # make kernels-report   registers, spills and shared memory of every CUDA and Triton kernel; needs nvcc, no GPU
 # make lint             ruff and clang-format, as pre-commit runs them
@@ -14,7 +15,7 @@ HAS_GPU = $(shell $(BIN)/python -c "import torch; print(int(torch.cuda.is_availa
 CPU_ARGS := --depth 8 --limit 10000 --epochs 10 --batch-size 128 --lr 0.2 --warmup-epochs 1 \
   --milestones 7 9
 
-.PHONY: train test bench kernels-report lint
+.PHONY: train test gpu-check bench kernels-report lint
 train: $(INSTALLED)
 ifeq ($(strip $(ARGS)),)
 	@if [ "$(HAS_GPU)" = 0 ]; then \
@@ -27,6 +28,9 @@ endif
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m cifar_resnet_fast.selfcheck --device cuda $(ARGS)
 
 bench: $(INSTALLED)
 	for suite in kernels trunk step loader; do \

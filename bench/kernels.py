@@ -13,18 +13,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor
 
 from bench.cards import Card
-from bench.cases import CASES, Case, Tensors
-from bench.measure import Call, check, without_tf32
-from bench.suite import Suite, Unavailable, flags
+from bench.cases import CASES, Case
+from bench.suite import Suite, flags
 from bench.traffic import Sizes
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.training.engine import DTYPES
+from cifar_resnet_fast.verification.budget import Unavailable
+from cifar_resnet_fast.verification.measure import Call
+from cifar_resnet_fast.verification.operations import Run, differentiate, draw, verify
 
 EAGER, COMPILE = "eager", "compile"
-Run = Callable[[Tensors], Tensors]
 
 
 def runner(case: Case, name: str, suite: Suite) -> Run:
@@ -54,64 +54,6 @@ def compiled(run: Run, **options) -> Run:
     """``run`` under torch.compile, which may neither fall back to eager nor share with others."""
     torch._dynamo.reset()  # a function's code is compiled only so often before it runs eagerly
     return torch.compile(run, fullgraph=True, dynamic=False, **options)
-
-
-def draw(
-    case: Case, batch: int | None, dtype: torch.dtype, device: torch.device, seed: int
-) -> tuple[Tensors, Tensor | None]:
-    """The inputs, those that have a gradient set to require it, and the gradient of the result,
-    if it has one."""
-    generator = torch.Generator(device).manual_seed(seed)
-    tensors = case.inputs(batch, dtype, device, generator)
-    if not case.differentiated:
-        return tensors, None
-    with torch.no_grad():
-        out = case.call(tensors, "reference")["out"]
-    dout = torch.randn(out.shape, device=device, generator=generator)
-    return _differentiable(case, tensors), dout.to(dtype, memory_format=torch.channels_last)
-
-
-def _differentiable(case: Case, tensors: Tensors) -> Tensors:
-    return {
-        name: value.detach().requires_grad_(name in case.differentiated)
-        for name, value in tensors.items()
-    }
-
-
-def differentiate(case: Case, run: Run, tensors: Tensors, dout: Tensor) -> tuple[Tensor, Tensors]:
-    """The result, and the gradients of ``case.differentiated`` by name."""
-    out = run(tensors)["out"]
-    gradients = torch.autograd.grad(out, [tensors[name] for name in case.differentiated], dout)
-    return out, {f"d{name}": g for name, g in zip(case.differentiated, gradients, strict=True)}
-
-
-def verify(case: Case, run: Run, tensors: Tensors, dout: Tensor | None) -> None:
-    """Raise WrongResult where ``run`` is further from float64 than eager PyTorch may be.
-
-    ``run`` gets copies: operations update running statistics, or all they do is in place.
-    """
-
-    def results(run: Run, dtype: torch.dtype | None) -> tuple[Tensors, Tensors]:
-        def converted(value: Tensor) -> Tensor:
-            return value if dtype is None or not value.is_floating_point() else value.to(dtype)
-
-        copies = {name: converted(value.detach().clone()) for name, value in tensors.items()}
-        if dout is None:
-            return run(copies), {}
-        out, gradients = differentiate(case, run, _differentiable(case, copies), converted(dout))
-        return {"out": out}, gradients
-
-    def eager(tensors: Tensors) -> Tensors:
-        return case.call(tensors, "reference")
-
-    with without_tf32():
-        ours, theirs, exact = (
-            results(run, None),
-            results(eager, None),
-            results(eager, torch.double),
-        )
-    check(ours[0], theirs[0], exact[0], maximum=True)
-    check(ours[1], theirs[1], exact[1], maximum=False)
 
 
 def preparer(

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bench import traffic
-from bench.measure import Call, Timing, WrongResult, quantiles, time_calls
-from bench.suite import Suite, Unavailable, flags, rates, timed
+from bench.suite import Suite, flags, rates, timed
 from bench.traffic import Sizes
 from cifar_resnet_fast.data.loader import CROP_PADDING, Loader
 from cifar_resnet_fast.training.engine import DTYPES
+from cifar_resnet_fast.verification.budget import Unavailable, WrongResult
+from cifar_resnet_fast.verification.measure import Call, Timing, quantiles, time_calls
 
 # CIFAR-10's, which airbench's loader has built in
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])

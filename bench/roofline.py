@@ -16,6 +16,7 @@ from bench.cards import CARDS, Card
 from bench.traffic import SIDES, Sizes, Work, place
 from cifar_resnet_fast.resnet import STAGE_CHANNELS, check_depth
 from cifar_resnet_fast.training.engine import DTYPES
+from cifar_resnet_fast.verification.trunk import convolutions
 
 RECIPE_STEPS = 160 * (50_000 // 1024)  # epochs times full batches
 
@@ -29,15 +30,6 @@ def blocks(depth: int) -> list[tuple[int, int]]:
         for stage in range(3)
         for block in range(n)
     ]
-
-
-def convolutions(depth: int) -> list[tuple[int, int]]:
-    """(input channels, output channels) of every convolution, in order."""
-    found = [(3, STAGE_CHANNELS[0])]
-    for source, stage in blocks(depth):
-        C, K = STAGE_CHANNELS[source], STAGE_CHANNELS[stage]
-        found += [(C, K), (K, K)]
-    return found
 
 
 def parameters(depth: int, num_classes: int = 10) -> int:

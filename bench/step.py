@@ -15,39 +15,22 @@ from torch import Tensor
 
 from bench import roofline
 from bench.cards import Card
-from bench.measure import check, peak_memory, time_calls
-from bench.networks import (
-    EAGER,
-    EXACT,
-    PLAIN,
-    Problem,
-    TrainingStep,
-    package_inference,
-    package_step,
-    plain_inference,
-    plain_step,
-)
 from bench.suite import Suite, flags, rates, timed
-from cifar_resnet_fast import ops
 from cifar_resnet_fast.resnet import check_depth
 from cifar_resnet_fast.training.engine import DTYPES
-
-PACKAGE = ("auto", *(name for name in ops.IMPLEMENTATIONS if name != "reference"))
-CHECKED_PICTURES = 128  # of a training step: float64 needs eight times the memory or more
-
-
-def verify_step(problem: Problem, name: str) -> None:
-    """Raise WrongResult where the first step is further from float64 than eager may be."""
-    small = Problem(
-        problem.depth, min(problem.batch, CHECKED_PICTURES), problem.dtype, problem.device
-    )
-    ours = make_step(small, name).first_update()
-    eager, exact = (plain_step(small, how).first_update() for how in (EAGER, EXACT))
-    check(ours, eager, exact, maximum=False)
-
-
-def make_step(problem: Problem, name: str) -> TrainingStep:
-    return package_step(problem, name) if name in PACKAGE else plain_step(problem, PLAIN[name])
+from cifar_resnet_fast.verification.budget import check
+from cifar_resnet_fast.verification.measure import peak_memory, time_calls
+from cifar_resnet_fast.verification.networks import (
+    EAGER,
+    EXACT,
+    PACKAGE,
+    PLAIN,
+    Problem,
+    make_step,
+    package_inference,
+    plain_inference,
+    verify_step,
+)
 
 
 def make_inference(problem: Problem, name: str) -> tuple[Callable[[], Tensor], bool]:

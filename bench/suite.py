@@ -8,11 +8,8 @@ same suite and the same case (``bench/report.py``).
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
-import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,10 +20,11 @@ from rich.console import Console
 from rich.progress import track
 
 from bench.cards import Card
-from bench.measure import (
+from cifar_resnet_fast.verification.budget import Unavailable, WrongResult
+from cifar_resnet_fast.verification.identity import identity, output_of
+from cifar_resnet_fast.verification.measure import (
     Call,
     Timing,
-    WrongResult,
     copy_bandwidth,
     matmul_rate,
     raise_clocks,
@@ -39,10 +37,6 @@ except ImportError:  # then nothing raises it
 
     class TritonError(Exception):
         """Of a kernel that does not compile or does not fit the card."""
-
-
-class Unavailable(Exception):
-    """An implementation that cannot run a case here, and why."""
 
 
 # what costs one case its time and leaves the others theirs; RuntimeError is what CUDA, its graphs,
@@ -277,53 +271,15 @@ def rates(timing: Timing, card: Card, dtype: str, moved: int, flops: int) -> dic
 
 
 def header(device: torch.device) -> dict[str, str | None]:
-    """What a time depends on besides the code: card, versions, commit, date."""
-    on_gpu = device.type == "cuda"
-    return {
-        "card": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if on_gpu
-        else None,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _cpu_name() -> str:
-    """``CPU``, the model where Linux tells, and the threads in use."""
-    try:
-        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        model = None
-    name = model[1] if model else platform.machine()
-    threads = torch.get_num_threads()
-    return f"CPU {name}, {threads} thread" + ("s" if threads > 1 else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """What a time depends on besides the input: card, versions, build, commit, date."""
+    return {**identity(device), "commit": _commit(), "date": time.strftime("%Y-%m-%d")}
 
 
 def _commit() -> str | None:
     """Short hash of the checkout, with a + where tracked files differ from it; None outside."""
     root = str(Path(__file__).parents[1])
-    commit = _output("git", "-C", root, "rev-parse", "--short=10", "HEAD")
+    commit = output_of("git", "-C", root, "rev-parse", "--short=10", "HEAD")
     if commit is None:
         return None
-    changed = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
+    changed = output_of("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
     return commit + ("+" if changed else "")
-
-
-def _output(*command: str) -> str | None:
-    """First line of what ``command`` prints; None where it is not there or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return (done.stdout.splitlines() or [""])[0].strip() or None

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from bench.cards import Card
 from cifar_resnet_fast.resnet import STAGE_CHANNELS
 from cifar_resnet_fast.training.engine import DTYPES
+from cifar_resnet_fast.verification.operations import SIDES
 
-SIDES = (32, 16, 8)  # pixels a row, of the three stages
 CONVOLUTIONS = (  # of the family: C, K, pixels a row of the input, stride
     (3, 16, 32, 1),
     (16, 16, 32, 1),

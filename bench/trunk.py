@@ -20,7 +20,6 @@ wait for (csrc/trunk.h).
 """
 
 import copy
-import inspect
 import itertools
 import sys
 from collections.abc import Callable
@@ -28,36 +27,23 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from bench import roofline, traffic
 from bench.cards import Card
-from bench.cases import Draw
 from bench.kernels import EAGER, parse, sizes
-from bench.measure import Call, check, without_tf32
-from bench.suite import Suite, Unavailable, flags
-from bench.traffic import SIDES, Sizes, Work
+from bench.suite import Suite, flags
+from bench.traffic import Sizes, Work
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.ops._trunk import autograd as trunk_autograd
 from cifar_resnet_fast.ops._trunk import plain as plain_kernels
-from cifar_resnet_fast.ops._trunk import schedule
-from cifar_resnet_fast.reference import Unit
-from cifar_resnet_fast.resnet import STAGE_CHANNELS
 from cifar_resnet_fast.training.engine import DTYPES
+from cifar_resnet_fast.verification.budget import Unavailable
+from cifar_resnet_fast.verification.measure import Call
+from cifar_resnet_fast.verification.trunk import convolutions, draw, record, verify
 
 IMPLEMENTATIONS = ("cuda", "triton", EAGER)
 DEPTH = 20
 WEIGHTS_DEPTH = 56
-RESULTS = {  # of the methods; the sums are seen in what the next kernel makes of them
-    "stem_forward": ("y", "sums"),
-    "f1": ("x", "norm", "y", "sums"),
-    "f2": ("norm", "y", "sums"),
-    "head_forward": ("norm", "pooled", "mask"),
-    "head_backward": ("dz", "sums"),
-    "b2": ("dz", "sums"),
-    "b1": ("dz", "sums"),
-    "stem_backward": (),
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +60,7 @@ class Place:
 
     def work(self, batch: int | None, dtype: str) -> Work:
         if self.position is None:
-            numbers = sum(9 * C * K for C, K in roofline.convolutions(WEIGHTS_DEPTH))
+            numbers = sum(9 * C * K for C, K in convolutions(WEIGHTS_DEPTH))
             return traffic.weights(Sizes(1, dtype), numbers)
         return launches(batch, dtype)[self.position]
 
@@ -92,165 +78,6 @@ def places() -> list[Place]:
         first.setdefault((work.kernel, work.place), position)
     scheduled = [Place(*names, position) for names, position in first.items()]
     return [Place("weights", f"ResNet-{WEIGHTS_DEPTH}", None), *scheduled]
-
-
-# --- a training step, call by call --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A training step's inputs; ``dpooled`` is what comes back to the pooled activation."""
-
-    units: list[Unit]
-    pictures: Tensor
-    dpooled: Tensor
-
-
-def draw(
-    depth: int, batch: int, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> Problem:
-    draw = Draw(device, torch.Generator(device).manual_seed(seed))
-    units = [
-        Unit(
-            weight=(2 / (9 * C)) ** 0.5 * draw.vector(K, C, 3, 3),
-            bn_weight=1 + 0.1 * draw.vector(K),
-            bn_bias=0.1 * draw.vector(K),
-            running_mean=torch.zeros(K, device=device),
-            running_var=torch.ones(K, device=device),
-            momentum=0.1,
-            eps=1e-5,
-        )
-        for C, K in roofline.convolutions(depth)
-    ]
-    pictures = draw.activation(batch, 3, SIDES[0], SIDES[0], dtype=dtype)
-    return Problem(units, pictures, draw.vector(batch, STAGE_CHANNELS[-1]))
-
-
-@dataclass(frozen=True)
-class Step:
-    """A call of one of ``schedule.Kernels``' methods, to be repeated.
-
-    kernels: as they were when it came
-    units: theirs, whose running statistics it updates
-    method, arguments: of the call, by name
-    """
-
-    kernels: schedule.Kernels
-    units: list[Unit]
-    method: str
-    arguments: dict[str, Tensor | int | None]
-
-    def on(self, kernels: schedule.Kernels) -> tuple | None:
-        return getattr(kernels, self.method)(**self.arguments)
-
-
-class Recorder:
-    """Kernels that add every call to ``steps``."""
-
-    def __init__(self, kernels: schedule.Kernels, units: list[Unit], steps: list[Step]):
-        self._kernels, self._units, self._steps = kernels, units, steps
-
-    def __getattr__(self, name: str):
-        value = getattr(self._kernels, name)
-        if name not in RESULTS:
-            return value
-
-        def recorded(*args, **kwargs):
-            arguments = inspect.signature(value).bind(*args, **kwargs).arguments
-            self._steps.append(Step(copy.copy(self._kernels), self._units, name, arguments))
-            return value(*args, **kwargs)
-
-        return recorded
-
-
-def record(module: ModuleType, problem: Problem) -> list[Step]:
-    """The calls of a training step on the kernels of ``module``, in ``roofline.trunk``'s order."""
-    units, steps = problem.units, []
-    pictures = module.pictures_for_kernels(problem.pictures, problem.pictures.dtype)
-    kernels = Recorder(module.Kernels(units, pictures), units, steps)
-    _, kept = schedule.forward(kernels, pictures, len(units), keep=True)
-    kernels = Recorder(module.Kernels(units, pictures, kept), units, steps)
-    schedule.backward(kernels, problem.dpooled, pictures, kept)
-    return steps
-
-
-# --- whether it is right ------------------------------------------------------------------------
-
-
-def verify(steps: list[Step], position: int) -> None:
-    """Raise WrongResult where a step is further from float64 than eager PyTorch may be.
-
-    Eager PyTorch and float64 get the very tensors of the call, but sums of their own. Where a
-    ReLU's input is nearly zero its mask is chance, and what depends on that is not compared. The
-    gradients may be finished by the next step only, so that follows.
-    """
-    step, following = (*steps[position : position + 2], None)[:2]
-    with without_tf32():
-        eager, exact = on_plain_kernels(step, False), on_plain_kernels(step, True)
-        ours, theirs, truth = results(step, following), results(eager), results(exact)
-    given = exact.arguments
-    if step.method == "b2":
-        z = plain_kernels.before_relu(given["y_before"], given["norm_before"])
-    elif step.method == "head_forward":
-        z = plain_kernels.before_relu(given["y"], truth["norm"], given["shortcut"])
-    else:
-        check(ours, theirs, truth, maximum=True)
-        return
-    name = "mask" if step.method == "head_forward" else "dz"
-    # statistics may be of y before it was rounded, and float32 has last bits
-    decided = z.abs() > max(torch.finfo(ours[name].dtype).eps, 1e-5)
-    check(
-        *({**found, name: found[name] * decided} for found in (ours, theirs, truth)), maximum=True
-    )
-
-
-def on_plain_kernels(step: Step, exact: bool) -> Step:
-    """The same on plain PyTorch's kernels and on copies, in the same dtype or in float64."""
-
-    def converted(value):
-        wide = exact and isinstance(value, Tensor) and value.is_floating_point()
-        return value.double() if wide else value
-
-    units = [Unit(*(converted(t).clone() for t in u[:5]), u.momentum, u.eps) for u in step.units]
-    given = {name: converted(value) for name, value in step.arguments.items()}
-    if "pictures" in given:
-        given["pictures"] = given["pictures"][:, :3]
-    if "mask" in given:
-        given["mask"] = plain_kernels.positive(given["mask"])
-    if "dz" in given:
-        given["sums"] = plain_kernels.gradient_sums_of(given["dz"], given["y"], given["norm"])
-    elif "sums" in given:
-        given["sums"] = plain_kernels.sums_of(given["y"])
-    like = given["y"] if "y" in given else given["pictures"]
-    return Step(plain_kernels.Kernels(units, like), units, step.method, given)
-
-
-def results(step: Step, following: Step | None = None) -> dict[str, Tensor]:
-    """What a call leaves, by name, and the gradients and running statistics that it sees to.
-
-    Vectors are rounded to the activations' dtype, for they are sums of these: float32's own last
-    bits are the order of additions.
-    """
-    kernels = copy.copy(step.kernels)
-    found = dict(zip(RESULTS[step.method], step.on(kernels) or (), strict=True))
-    found.pop("sums", None)
-    i = step.arguments.get("i", 0)
-    vectors = {}
-    if "norm" in found:
-        before = step.units[i - 1]  # of the head, which has no unit of its own, the last
-        vectors = {
-            "norm": found["norm"],
-            "running_mean": before.running_mean,
-            "running_var": before.running_var,
-        }
-    if step.method in ("b2", "b1", "stem_backward"):
-        if following is not None:
-            following.on(kernels)
-        found["dweight"], vectors["dbn_weight"], vectors["dbn_bias"] = kernels.gradients[i]
-    activation = next(step.arguments[n] for n in ("y", "pictures") if n in step.arguments)
-    if "mask" in found:
-        vectors["mask"] = plain_kernels.positive(found["mask"])
-    return found | {name: value.to(activation.dtype) for name, value in vectors.items()}
 
 
 # --- how long it takes --------------------------------------------------------------------------

@@ -9,11 +9,12 @@ import json
 import pytest
 import torch
 
-from bench import kernels, loader, networks, step
+from bench import kernels, loader, step
 from bench.cards import CARDS
 from bench.cases import CASES
-from bench.measure import time_calls
 from bench.suite import Suite, TritonError, reason_of
+from cifar_resnet_fast.verification import networks
+from cifar_resnet_fast.verification.measure import time_calls
 
 GRADIENT_PHASES = ("forward", "backward", "both")
 
@@ -213,12 +214,16 @@ def test_after_a_failure_on_a_gpu(lost, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("phase", ["training", "inference"])
 def test_a_wrong_network_has_no_time(phase, tmp_path, monkeypatch):
-    def off(problem, implementation):
-        problem = dataclasses.replace(problem, depth=14)
-        make = networks.package_step if phase == "training" else networks.package_inference
-        return make(problem, implementation)
+    module, name = {
+        "training": (networks, "package_step"),
+        "inference": (step, "package_inference"),
+    }[phase]
+    make = getattr(networks, name)
 
-    monkeypatch.setattr(step, f"package_{'step' if phase == 'training' else phase}", off)
+    def off(problem, implementation):
+        return make(dataclasses.replace(problem, depth=14), implementation)
+
+    monkeypatch.setattr(module, name, off)
     arguments = ["--device", "cpu", "--phase", phase, "--implementation", "auto"]
     assert step.main([*arguments, "--out", str(tmp_path)]) == 1
     (row,) = (row for row in rows_of(tmp_path) if row["suite"] == "step")

@@ -5,7 +5,13 @@ import time
 import pytest
 import torch
 
-from bench.measure import WrongResult, check, copy_bandwidth, matmul_rate, quantiles, time_calls
+from cifar_resnet_fast.verification.budget import WrongResult, check
+from cifar_resnet_fast.verification.measure import (
+    copy_bandwidth,
+    matmul_rate,
+    quantiles,
+    time_calls,
+)
 
 CPU = torch.device("cpu")
 

@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from bench import kernels, loader, networks, step, train, trunk
+from bench import kernels, loader, step, train, trunk
 from bench.cases import CASES
 from bench.kernels import compiled, draw
-from bench.measure import WrongResult
-from bench.suite import Unavailable
 from bench.traffic import Sizes
 from cifar_resnet_fast import FastResNet, ops
 from cifar_resnet_fast.ops import _dispatch as choice
 from cifar_resnet_fast.training.optimizers import FlatSGD
+from cifar_resnet_fast.verification import networks
+from cifar_resnet_fast.verification.budget import Unavailable, WrongResult
 
 CPU = torch.device("cpu")
 SUITES = {"kernels": kernels, "trunk": trunk, "step": step, "loader": loader, "train": train}

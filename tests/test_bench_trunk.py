@@ -6,7 +6,6 @@ too; the Triton ones in Triton's interpreter, on smaller pictures.
 
 import dataclasses
 import functools
-import itertools
 import json
 import types
 
@@ -15,11 +14,11 @@ import pytest
 import torch
 
 from bench import prediction, roofline, trunk
-from bench.measure import WrongResult
-from bench.suite import Unavailable
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
 from cifar_resnet_fast.ops._trunk import plain as plain_kernels
+from cifar_resnet_fast.verification.budget import Unavailable, WrongResult
+from cifar_resnet_fast.verification.trunk import RESULTS, moved_bytes
 
 CPU = torch.device("cpu")
 SCHEDULED = [place for place in trunk.places() if place.position is not None]
@@ -71,20 +70,6 @@ def test_places_are_those_of_deeper_networks(depth):
     assert {(place.kernel, place.place) for place in SCHEDULED} == there
 
 
-def used_bytes(name, tensor, arguments):
-    """Of a tensor what a kernel has to move: of option A's shortcut the pixels that count."""
-    K, C = (arguments[n].shape[1] if n in arguments else None for n in ("y", "x"))
-    if name == "shortcut" and tensor.shape[1] != K:
-        return tensor.nbytes // 4
-    if name == "residual" and tensor.shape[1] != C:
-        return tensor.nbytes // 2
-    if name == "mask":
-        return tensor.numel() // 8
-    if name == "pictures":
-        return tensor.nbytes // 3 * 4
-    return tensor.nbytes
-
-
 METHODS = {
     "stem": "stem_forward",
     "F1": "f1",
@@ -101,13 +86,7 @@ METHODS = {
 def test_bytes_are_of_the_tensors_that_a_step_has(place, plain_steps):
     step = plain_steps[place.position]
     assert step.method == METHODS[place.kernel.partition(",")[0]]
-    moved = 0
-    made = step.on(step.kernels) or ()
-    left = dict(zip(trunk.RESULTS[step.method], made, strict=True))
-    for name, tensor in itertools.chain(step.arguments.items(), left.items()):
-        if name not in ("i", "sums", "norm", "norm_before") and tensor is not None:
-            moved += used_bytes(name, tensor, step.arguments)
-    assert moved == place.work(2, "fp32").activation_bytes
+    assert moved_bytes(step) == place.work(2, "fp32").activation_bytes
 
 
 def test_bytes_of_the_weights():
@@ -169,7 +148,7 @@ def test_what_is_timed_is_the_step(kernel, few_places):
         made = (call(), call())
         if seed == 0:  # the others have the weights of this
             compared = 0
-            for name, *tensors in zip(trunk.RESULTS[step.method], *made, strict=True):
+            for name, *tensors in zip(RESULTS[step.method], *made, strict=True):
                 if name in following.arguments:
                     compared += 1
                     assert all(torch.equal(t, following.arguments[name]) for t in tensors), name
@@ -200,7 +179,7 @@ POSITIONS = {  # of a ResNet-8's calls
     "b1": 10,
     "stem_backward": 15,
 }
-LEFT = [(method, name) for method, names in trunk.RESULTS.items() for name in names]
+LEFT = [(method, name) for method, names in RESULTS.items() for name in names]
 
 
 @pytest.mark.parametrize(("method", "name"), LEFT)
@@ -208,7 +187,7 @@ def test_a_wrong_result_is_seen(method, name):
     """Half a percent off, or a mask by a row; wrong sums in what the next step makes of them."""
 
     def spoil(_, made):
-        left = dict(zip(trunk.RESULTS[method], made, strict=True))
+        left = dict(zip(RESULTS[method], made, strict=True))
         left[name] = left[name].roll(1, 2) if name == "mask" else left[name] * 1.005
         return tuple(left.values())
 

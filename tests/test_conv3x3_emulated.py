@@ -7,7 +7,6 @@ import emulation
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
 from emulation.checks import (
     DTYPES,
     EPS,
@@ -25,6 +24,7 @@ from emulation.checks import (
 )
 
 from cifar_resnet_fast import reference
+from cifar_resnet_fast.verification.budget import assert_within_budget
 
 
 def forward_plain(y, norm, shortcut, weight, stride):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cifar_resnet_fast import ConvBNReLU, FastResNet, ops, reference
-from tests.budget import assert_within_budget
+from cifar_resnet_fast.verification.budget import assert_within_budget
 
 pytest.importorskip("triton")
 

@@ -4,7 +4,6 @@ import emulation
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
 from emulation.checks import (
     DTYPES,
     EPS,
@@ -16,6 +15,7 @@ from emulation.checks import (
 )
 
 from cifar_resnet_fast import reference
+from cifar_resnet_fast.verification.budget import assert_within_budget
 
 
 def folded(kernels, weight, norm, dtype):

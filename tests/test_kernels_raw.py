@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.budget import assert_within_budget
+from cifar_resnet_fast.verification.budget import assert_within_budget
 
 pytest.importorskip("triton")
 

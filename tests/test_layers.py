@@ -66,10 +66,23 @@ FLOORS = {
     "training.config": 2.2,
     "training.engine": 3,
     "training.memory": 3.1,
+    "verification": 0,
+    "verification.budget": 1,
+    "verification.identity": 1,
+    "verification.measure": 1.1,
+    "verification.operations": 2.3,
+    "verification.trunk": 2.4,
+    "verification.networks": 3.1,
+    "verification.repeats": 3.2,
+    "verification.exchange": 3.2,
+    "verification.checks": 3.3,
+    "verification.worker": 3.4,
+    "verification.runner": 3.4,
     "info": 4,
     "training.logbook": 4,
     "training.signals": 4,
     "training.run": 4.1,
+    "selfcheck": 5,
     "train": 5,
     "": 6,  # the package itself, which nothing inside imports
 }
@@ -114,6 +127,10 @@ def test_only_ops_chooses():
         name = name_of(path)
         if name.split(".")[0] in {"ops", "kernels"}:
             continue
+        # what is verified is held against the reference, in float64 too, which ops refuses
+        allowed = {"reference"} if name == "verification.operations" else set()
         for imported in imports_of(path):
             # data and tests may use the reference's augmentation through ops
-            assert imported.split(".")[0] not in below, f"{name} may not import {imported}"
+            assert imported.split(".")[0] not in below - allowed, (
+                f"{name} may not import {imported}"
+            )

@@ -4,7 +4,6 @@ import emulation
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
 from emulation.checks import (
     DTYPES,
     flat,
@@ -18,6 +17,8 @@ from emulation.checks import (
     saved_of,
 )
 from torch import Tensor
+
+from cifar_resnet_fast.verification.budget import assert_within_budget
 
 BATCHES = [  # N, blocks, order
     pytest.param(3, 1, "last_warp_first", id="ragged-3"),

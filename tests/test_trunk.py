@@ -10,7 +10,6 @@ import emulation
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,6 +20,7 @@ from cifar_resnet_fast.ops._trunk import plain as plain_kernels
 from cifar_resnet_fast.ops._trunk import schedule
 from cifar_resnet_fast.ops._trunk.schedule import Kept
 from cifar_resnet_fast.reference import Unit
+from cifar_resnet_fast.verification.budget import assert_within_budget
 
 half, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
 gpu = pytest.mark.gpu

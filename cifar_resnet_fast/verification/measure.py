@@ -1,4 +1,4 @@
-"""How a time is taken, and what must be right before one is.
+"""How a time is taken, and what the card at hand reaches (layer 4).
 
 On a GPU the calls run inside a CUDA graph, each on its own copy of inputs and results, enough
 copies that none is still in the L2 cache when its turn comes again; a sample is one replay, timed
@@ -6,24 +6,20 @@ by events and divided by its calls. On a CPU a sample is one call. Reported are 
 80 % quantiles after a warm-up.
 """
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+
+from cifar_resnet_fast.verification.budget import MEASURES, WrongResult
 
 Call = Callable[[], object]
 
 _MAX_COPIES = 64
 _CALLS_IN_GRAPH = 10  # at least, so that a replay is long beside what an event resolves
 _MIN_SAMPLES, _MAX_SAMPLES = 5, 500
-
-
-class WrongResult(Exception):
-    """What was to be timed does not compute what it should."""
 
 
 @dataclass(frozen=True)
@@ -149,67 +145,6 @@ def quantiles(samples: list[float]) -> tuple[float, float]:
     return fifths[0], fifths[-1]
 
 
-def check(
-    ours: Mapping[str, Tensor],
-    eager: Mapping[str, Tensor],
-    exact: Mapping[str, Tensor],
-    *,
-    maximum: bool,
-) -> None:
-    """``ours`` errs at most twice as much as ``eager``, both against ``exact``.
-
-    One rounding of the dtype is always granted: eager may be exact by luck. Integers are equal.
-
-    Args:
-        ours, eager: results by name, in the dtype that is measured
-        exact: the same in float64; integers as they are
-        maximum: hold the largest error to it, too, not only the norm. Not for gradients: where a
-            ReLU's input is within rounding of 0 its mask is chance, and one such pixel is the
-            maximum
-
-    Raises:
-        WrongResult: names the tensor and by how much it errs
-    """
-    for name, truth in exact.items():
-        mine, theirs = ours[name], eager[name]
-        if mine.shape != truth.shape:
-            raise WrongResult(
-                f"{name} must have shape {tuple(truth.shape)}, got {tuple(mine.shape)}"
-            )
-        if not mine.isfinite().all():
-            raise WrongResult(f"{name} must be finite, and is not")
-        rounding = torch.finfo(mine.dtype).eps if mine.is_floating_point() else 0.0
-        measures = [("norm", _norm)] + ([("maximum", _largest)] if maximum else [])
-        for measure, size in measures:
-            error = size(mine.double() - truth)
-            allowed = 2 * size(theirs.double() - truth) + rounding * size(truth.double())
-            if not error <= allowed:
-                raise WrongResult(
-                    f"{name}: {measure} of the error must be at most {allowed:.3g}, twice "
-                    f"eager's, got {error:.3g}"
-                )
-
-
-@contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """Within it PyTorch's convolutions are as exact as their dtype; TF32 would loosen float32's
-    budget."""
-    tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = tf32
-
-
-def _norm(t: Tensor) -> float:
-    return t.norm().item()
-
-
-def _largest(t: Tensor) -> float:
-    return t.abs().max().item()
-
-
 # --- what the card at hand can do ---------------------------------------------------------------
 
 
@@ -257,7 +192,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: fl
     b = torch.randn(size, size, device=device, dtype=dtype)
     product, exact = (a @ b)[:16].double(), a[:16].double() @ b.double()
     # rounding of the result, and of the sums in float32
-    error, allowed = _norm(product - exact), (torch.finfo(dtype).eps + 1e-4) * _norm(exact)
+    norm = MEASURES["norm"]
+    error, allowed = norm(product - exact), (torch.finfo(dtype).eps + 1e-4) * norm(exact)
     if not error <= allowed:
         raise WrongResult(
             f"matmul: norm of the error must be at most {allowed:.3g}, got {error:.3g}"

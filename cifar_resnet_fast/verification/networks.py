@@ -1,4 +1,4 @@
-"""Training steps and forward passes to be timed: the package's and plain PyTorch's (``step.py``).
+"""Training steps and forward passes: the package's, and plain PyTorch's beside them (layer 4).
 
 Plain PyTorch is the same network of PyTorch's own operations: eager or under torch.compile, in
 float32 or with autocast, perhaps replayed from a CUDA graph, on one batch that is there already.
@@ -9,24 +9,27 @@ the same batch.
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.suite import Unavailable
+from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.capture import capture_for
 from cifar_resnet_fast.training.engine import DTYPES, Engine
+from cifar_resnet_fast.verification.budget import Unavailable, check
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4
 LOSS_SCALE = 1024.0  # of float16: keeps small gradients
 EPOCH_STEPS = 48  # of the recipe: so often the package draws an epoch
 _SCHEDULED_STEPS = 100_000  # more than are ever timed
 _WARMUP_STEPS = 3
+PACKAGE = ("auto", *(name for name in ops.IMPLEMENTATIONS if name != "reference"))
+CHECKED_PICTURES = 128  # of a training step: float64 needs eight times the memory or more
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,19 @@ class TrainingStep:
         return {"update": weights() - before}
 
 
+def verify_step(problem: Problem, name: str) -> None:
+    """Raise WrongResult if the first step is further from float64 than eager may be."""
+    small = replace(problem, batch=min(problem.batch, CHECKED_PICTURES))
+    ours = make_step(small, name).first_update()
+    eager, exact = (plain_step(small, how).first_update() for how in (EAGER, EXACT))
+    check(ours, eager, exact, maximum=False)
+
+
+def make_step(problem: Problem, name: str) -> TrainingStep:
+    """The training step of a name of ``PACKAGE`` or ``PLAIN``."""
+    return package_step(problem, name) if name in PACKAGE else plain_step(problem, PLAIN[name])
+
+
 def plain_step(problem: Problem, how: Plain) -> TrainingStep:
     """A training step in plain PyTorch."""
     model, images, labels = _plain_network(problem, how)
@@ -157,8 +173,14 @@ def plain_step(problem: Problem, how: Plain) -> TrainingStep:
     return TrainingStep(replay, model, replays=True)
 
 
-def package_step(problem: Problem, implementation: str) -> TrainingStep:
-    """The package's training step, as ``cifar_resnet_fast.train`` takes it.
+def package_engine(
+    problem: Problem, implementation: str, *, seed: int = 0, captured: bool = True
+) -> Engine:
+    """The package's engine, as ``cifar_resnet_fast.train`` has it, before its first step.
+
+    Args:
+        seed: of the batches; the first weights are the same every time
+        captured: replay a CUDA graph, if the device has such
 
     Raises:
         Unavailable: the network does not run in ``implementation`` here
@@ -172,7 +194,7 @@ def package_step(problem: Problem, implementation: str) -> TrainingStep:
         device=problem.device,
         dtype=dtype,
         schedule=torch.full((_SCHEDULED_STEPS,), LR),
-        seed=0,
+        seed=seed,
         momentum=MOMENTUM,
         weight_decay=WEIGHT_DECAY,
         loss_scale=LOSS_SCALE if problem.dtype == "fp16" else 1.0,
@@ -180,16 +202,22 @@ def package_step(problem: Problem, implementation: str) -> TrainingStep:
     )
     with _unavailable(), torch.no_grad(), _autocast(problem, EAGER):
         engine.model.eval()(torch.zeros(1, 3, 32, 32, device=problem.device, dtype=dtype))
-    capture = capture_for(problem.device)
+    capture = capture_for(problem.device) if captured else None
     reason = engine.capture(capture) if capture is not None else None
     if reason is not None:  # it would train on without a graph
         raise RuntimeError(f"the step cannot be captured: {reason}")
+    return engine
+
+
+def package_step(problem: Problem, implementation: str) -> TrainingStep:
+    """The package's training step; raises as ``package_engine``."""
+    engine = package_engine(problem, implementation)
 
     def step() -> Tensor:
         engine.train_step()
         return engine.metrics[0, (engine.done - 1) % engine.metrics.shape[1]]
 
-    return TrainingStep(step, engine.model, replays=capture is not None)
+    return TrainingStep(step, engine.model, replays=problem.device.type == "cuda")
 
 
 def plain_inference(problem: Problem, how: Plain) -> tuple[Callable[[], Tensor], bool]:

@@ -1,0 +1,117 @@
+"""The error budget: how far from float64 a result may be, measured on eager PyTorch (layer 1).
+
+The one definition of it, for the tests, the benches and the self-check: a result errs at most
+twice as much as eager PyTorch in the same dtype, both against float64. One rounding of the dtype
+is always granted, since eager may be exact by luck.
+
+Source: Dao et al. 2022, "FlashAttention", whose tests hold kernels to twice PyTorch's error.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+MEASURES = {"norm": lambda t: t.norm().item(), "maximum": lambda t: t.abs().max().item()}
+
+
+class WrongResult(Exception):
+    """A result is not what it should be."""
+
+
+class Unavailable(Exception):
+    """An implementation cannot run something here; the message says why."""
+
+
+def assert_within_budget(
+    name: str,
+    ours: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    own_exact: Tensor | None = None,
+    measures: Iterable[str] = tuple(MEASURES),
+) -> None:
+    """``ours`` errs at most twice as much as ``eager``, in norm and in maximum.
+
+    Args:
+        name: of the quantity, for the message
+        ours, eager: of one shape and one dtype, the dtype under test
+        exact: float64, what ``eager`` approximates; integers as they are, which must be equal
+        own_exact: float64, what ``ours`` approximates, if its ReLU's mask makes that another
+        measures: of the error, of ``MEASURES``
+
+    Raises:
+        WrongResult: names the quantity, and its error beside the allowed one
+    """
+    own_exact = exact if own_exact is None else own_exact
+    if ours.dtype != eager.dtype:
+        raise WrongResult(f"{name} must be of eager's dtype {eager.dtype}, got {ours.dtype}")
+    if ours.shape != exact.shape:
+        raise WrongResult(f"{name} must have shape {tuple(exact.shape)}, got {tuple(ours.shape)}")
+    if not ours.isfinite().all():
+        raise WrongResult(f"{name} must be finite, and is not")
+    rounding = torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0.0
+    for measure in measures:
+        size = MEASURES[measure]
+        error = size(ours.double() - own_exact)
+        allowed = 2 * size(eager.double() - exact) + rounding * size(exact.double())
+        if not error <= allowed:
+            raise WrongResult(
+                f"{name}: {measure} of the error must be at most {allowed:.3g}, twice eager's, "
+                f"got {error:.3g}"
+            )
+
+
+def check(
+    ours: Mapping[str, Tensor],
+    eager: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    *,
+    own: Mapping[str, Tensor] | None = None,
+    maximum: bool,
+) -> None:
+    """``assert_within_budget`` for every tensor of ``exact`` by name.
+
+    Args:
+        ours, eager: results by name, in the dtype that is measured
+        exact: the same in float64; integers as they are
+        own: ``own_exact``, of those that have one
+        maximum: hold the largest error to it, too, not only the norm. Not for gradients: where a
+            ReLU's input is within rounding of 0 its mask is chance, and one such pixel is the
+            maximum
+
+    Raises:
+        WrongResult: names the tensor and by how much it errs
+    """
+    measures = tuple(MEASURES) if maximum else ("norm",)
+    for name, truth in exact.items():
+        own_exact = (own or {}).get(name)
+        assert_within_budget(name, ours[name], eager[name], truth, own_exact, measures)
+
+
+def assert_same_bits(name: str, ours: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """All tensors of two runs are bitwise equal.
+
+    Raises:
+        WrongResult: names the first tensor that is not, and how much of it differs
+    """
+    for key, value in ours.items():
+        same = value == others[key]
+        if not bool(same.all()):
+            raise WrongResult(
+                f"{name}: {key} must be bitwise equal, {int((~same).sum())} of {same.numel()} "
+                "elements differ"
+            )
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Within it PyTorch's convolutions are as exact as their dtype; TF32 would loosen float32's
+    budget."""
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
