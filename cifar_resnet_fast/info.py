@@ -1,7 +1,8 @@
 """What is here and what can run: ``python -m cifar_resnet_fast.info`` (layer 4).
 
-Versions, devices, the compiled libraries, and for every operation and device which implementation
-``auto`` takes and why another one cannot run. Needs neither a GPU, Triton nor the extension.
+Versions, devices, the compiled libraries, for every operation and device which implementation
+``auto`` takes and why another one cannot run, and what the self-check found on each GPU.
+Needs neither a GPU, Triton nor the extension.
 """
 
 import importlib.metadata
@@ -10,6 +11,7 @@ import platform
 import torch
 
 from cifar_resnet_fast import ops
+from cifar_resnet_fast.verification.verdicts import Verdicts
 
 
 def _version(package: str) -> str:
@@ -64,6 +66,23 @@ def device_lines() -> list[str]:
             for implementation in ops.IMPLEMENTATIONS:
                 reason = ops.why_not(implementation, device, operation)
                 lines.append(f"    {implementation}: {'can run' if reason is None else reason}")
+        if device.type == "cuda":
+            lines += verdict_lines(device)
+    return lines
+
+
+def verdict_lines(device: torch.device) -> list[str]:
+    """What the self-check found on a GPU with these versions and this build."""
+    verdicts = Verdicts(device)
+    if verdicts.why_not_kept is not None:
+        return [f"  self-check: nothing is kept: {verdicts.why_not_kept}"]
+    found = verdicts.items()
+    if not found:
+        return ["  self-check: not run on this card and build yet: cifar_resnet_fast.selfcheck"]
+    lines = [f"  self-check, in {verdicts.path}:"]
+    for name, verdict in found:
+        reason = f": {verdict.reason}" if verdict.reason else ""
+        lines.append(f"    {name}: {verdict.verdict} on {verdict.date}{reason}")
     return lines
 
 

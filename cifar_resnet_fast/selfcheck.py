@@ -26,14 +26,8 @@ from cifar_resnet_fast.verification.checks import (
     timings,
 )
 from cifar_resnet_fast.verification.identity import identity
-from cifar_resnet_fast.verification.runner import (
-    CATALOGUE,
-    FAILED,
-    NOT_POSSIBLE,
-    OK,
-    Outcome,
-    run_checks,
-)
+from cifar_resnet_fast.verification.runner import CATALOGUE, Outcome, run_checks
+from cifar_resnet_fast.verification.verdicts import FAILED, NOT_POSSIBLE, OK, Verdicts
 
 _JOBS = 4  # on a GPU: most of a check's time is that of compiling Triton's kernels on the CPU
 
@@ -83,6 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: --out must be a file that can be written: {error}", file=sys.stderr)
         return 2
+    by_name = {outcome.name: outcome for outcome in outcomes}
+    kernels = [check.kernel for check in kernel_checks(device)]  # the names of these checks, too
+    found = {name: by_name[name] for name in kernels if name in by_name}
+    Verdicts(device).keep({name: (o.verdict, o.reason) for name, o in found.items()})
     counts = {v: sum(o.verdict == v for o in outcomes) for v in (OK, FAILED, NOT_POSSIBLE)}
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     print(f"{said} in {report['seconds']:.0f} s; {options.out}")

@@ -35,7 +35,7 @@ from cifar_resnet_fast.training.run import (
 )
 
 # what a command line may change with --resume: where things are and how they are shown
-_FREE_ON_RESUME = {"resume", "data_root", "device", "tensorboard", "timeout"}
+_FREE_ON_RESUME = {"resume", "data_root", "device", "tensorboard", "timeout", "no_selfcheck"}
 
 _FP16_LOSS_SCALE = 1024.0  # a mean over 1024 pictures then has the gradients of their sum
 
@@ -107,12 +107,37 @@ def _prepared(
         else:
             config = _resolved(config, given, processes)
     config, folder = processes.tell((config, folder))
+    _verify_kernels(config, processes)
     with processes.first_here_first():
         dataset = load_dataset(config.dataset, config.data_root, config.limit)
     data = RunData(config, dataset, processes)
     if folder is None and processes.rank == 0:
         folder = _claim_folder(config)
     return config, processes.tell(folder), data
+
+
+def _verify_kernels(config: TrainConfig, processes: Processes) -> None:
+    """Before a first run on a card, a driver and a build: check the kernels that it uses.
+
+    The processes agree on what is not to be trusted, so that all train alike.
+
+    Raises:
+        ValueError: the implementation that was asked for has failed
+    """
+    if config.no_selfcheck or processes.device.type != "cuda":
+        return
+    # only where it is used: on a GPU
+    from cifar_resnet_fast.verification.first_run import RUN_OPERATIONS, verify_run
+
+    plain = config.sync_bn and processes.count > 1
+    implementation = "reference" if plain else config.implementation
+    with processes.first_here_first():
+        own = verify_run(implementation, _dtype(config), processes.device)
+    for operation in RUN_OPERATIONS:
+        for name in ops.OPERATIONS[operation][:-1]:
+            failed = (operation, name) in own
+            if processes.any(failed) and not failed:
+                ops.distrust(name, operation, "its check failed in another process")
 
 
 def _resolved(config: TrainConfig, given: dict, processes: Processes) -> TrainConfig:
@@ -258,6 +283,7 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
     if processes.count > 1:
         raise ValueError(f"eval must be run by one process, not by {processes.count}")
     device = processes.device
+    _verify_kernels(config, processes)
     model = FastResNet(depth, num_classes, config.implementation)
     load_checkpoint(model, config.eval)
     dtype = DTYPES[_dtype(config)]

@@ -18,13 +18,21 @@ from cifar_resnet_fast.verification import checks, networks, repeats
 from cifar_resnet_fast.verification.budget import Unavailable, WrongResult, assert_same_bits
 from cifar_resnet_fast.verification.checks import Check
 from cifar_resnet_fast.verification.networks import Problem
-from cifar_resnet_fast.verification.runner import FAILED, NOT_POSSIBLE, OK, Outcome, run_checks
+from cifar_resnet_fast.verification.runner import Outcome, run_checks
+from cifar_resnet_fast.verification.verdicts import FAILED, NOT_POSSIBLE, OK, Verdicts
 
 CPU = torch.device("cpu")
 needs_emulation = pytest.mark.skipif(
     ops.WHY_NOT_LOADED["_C"] is not None or emulation.compiler() is None,
     reason="needs the extension and a C++ compiler",
 )
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Verdicts are kept in a folder of the test's own."""
+    pytest.importorskip("platformdirs")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 # --- each in its own way ------------------------------------------------------------------------
@@ -274,7 +282,8 @@ def test_the_command_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert selfcheck.main(["--device", "cpu", "--out", str(path)]) == 0
     report = json.loads(path.read_text())
     out = capsys.readouterr().out
-    names = [check.name for check in checks.catalogue(CPU)]
+    every = [*checks.kernel_checks(CPU), *checks.step_checks(CPU), *checks.timings(CPU)]
+    names = [check.name for check in every]
     assert [row["name"] for row in report["checks"]] == names
     lines = out.splitlines()
     for row in report["checks"]:
@@ -285,6 +294,10 @@ def test_the_command_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert {"step, auto", "same run twice, auto"} <= done
     assert report.keys() >= {"card", "driver", "torch", "triton", "python", "build", "date"}
     assert lines[-1].endswith(str(path))
+    kept = dict(Verdicts(CPU).items())
+    assert kept["shortcut_a, cuda, fp16"].verdict == OK
+    assert kept.keys() <= set(names)
+    assert "step, auto" not in kept  # of kernels alone
 
 
 def test_a_failed_check_fails_the_command(tmp_path, monkeypatch, capsys):

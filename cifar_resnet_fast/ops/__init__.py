@@ -3,7 +3,7 @@ the fastest implementation that serves them, or the one that ``implementation`` 
 
 from cifar_resnet_fast.ops._conv_bn_relu.operation import conv_bn_relu
 from cifar_resnet_fast.ops._conv_bn_relu.synchronised import conv_sync_bn_relu
-from cifar_resnet_fast.ops._dispatch import IMPLEMENTATIONS, OPERATIONS, choose, why_not
+from cifar_resnet_fast.ops._dispatch import IMPLEMENTATIONS, OPERATIONS, choose, distrust, why_not
 from cifar_resnet_fast.ops._extension import BUILD_INFO, WHY_NOT_LOADED
 from cifar_resnet_fast.ops._linear_cross_entropy import linear_cross_entropy
 from cifar_resnet_fast.ops._load_batch import load_batch, normalized_bytes
@@ -23,6 +23,7 @@ __all__ = [
     "choose",
     "conv_bn_relu",
     "conv_sync_bn_relu",
+    "distrust",
     "gradients_into",
     "linear_cross_entropy",
     "load_batch",

@@ -27,6 +27,8 @@ OPERATIONS = {  # and their implementations, fastest first
     "record_step": ("triton", "reference"),
     "sgd": ("triton", "reference"),
 }
+# (implementation, operation): why it is not to be trusted on this machine
+_DISTRUSTED: dict[tuple[str, str], str] = {}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -43,6 +45,8 @@ def why_not(implementation: str, device: torch.device, operation: str) -> str | 
         )
     if implementation not in OPERATIONS[operation]:
         return f"{operation} has no implementation of that name"
+    if (implementation, operation) in _DISTRUSTED:
+        return _DISTRUSTED[implementation, operation]
     if implementation == "cuda":
         if operation == "trunk" and device.type == "cpu":
             return "the kernels of trunk need a CUDA GPU"
@@ -50,6 +54,17 @@ def why_not(implementation: str, device: torch.device, operation: str) -> str | 
     if implementation == "triton":
         return why_not_triton(device)
     return None
+
+
+def distrust(implementation: str, operation: str, reason: str) -> None:
+    """Have ``operation`` never again run in ``implementation`` in this process, for ``reason``.
+
+    Raises:
+        ValueError: it is the reference, which everything falls back to
+    """
+    if implementation == "reference":
+        raise ValueError(f"implementation must be another than the reference of {operation}")
+    _DISTRUSTED[implementation, operation] = reason
 
 
 def why_not_triton(device: torch.device) -> str | None:

@@ -121,6 +121,9 @@ class TrainConfig:
     resume: str | None = _flag(None, "folder of a stopped run to continue with its own settings")
     eval: str | None = _flag(None, "checkpoint to evaluate on the test set, without training")
     tensorboard: bool = _flag(False, "write TensorBoard events into the run's folder, too")
+    no_selfcheck: bool = _flag(
+        False, "do not check the kernels before the first run on a card and a build"
+    )
 
     def __post_init__(self):
         check_depth(self.depth)
@@ -193,7 +196,7 @@ class TrainConfig:
         return cls(**{**RECIPES[recipe], "recipe": recipe, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """What is trained, as plain values for config.json; not where (out, resume, eval)."""
+        """What is trained, as plain values for config.json; not what is about the call."""
         values = dataclasses.asdict(self)
         for name in PLACES:
             del values[name]
@@ -211,7 +214,8 @@ class TrainConfig:
         return cls(**{**values, "milestones": tuple(values.get("milestones", ()))})
 
 
-PLACES = ("out", "resume", "eval")
+# what is about the call, not about the training
+PLACES = ("out", "resume", "eval", "no_selfcheck")
 
 
 def _is_of(value: Any, hint: Any) -> bool:

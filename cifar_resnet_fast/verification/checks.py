@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.ops._trunk import autograd as trunk_autograd
 from cifar_resnet_fast.ops._trunk import plain as plain_kernels
 from cifar_resnet_fast.training.engine import DTYPES
 from cifar_resnet_fast.verification import exchange, operations, repeats, trunk
@@ -40,6 +39,7 @@ class Check:
         WrongResult, or Unavailable if it is not possible here
     limit: seconds after which it hangs
     operation, implementation: whose kernels it is about; empty if it is about a whole step
+    kernel: the name of the kernels that it is about, the same for a quick check and a full one
     after: names of checks without which it is not worth its time: a time of something wrong
     """
 
@@ -48,6 +48,7 @@ class Check:
     limit: float = LIMIT
     operation: str = ""
     implementation: str = ""
+    kernel: str = ""
     after: tuple[str, ...] = ()
 
 
@@ -70,15 +71,16 @@ def sizes_of(device: torch.device, implementation: str) -> Sizes:
 
 
 def catalogue(device: torch.device) -> list[Check]:
-    """Every check, those that cannot be done on ``device`` too: they say why."""
-    return [*kernel_checks(device), *step_checks(device), *timings(device)]
+    """Every check by which a worker may be asked, those that cannot be done on ``device`` too."""
+    quick = kernel_checks(device, quick=True)
+    return [*kernel_checks(device), *quick, *step_checks(device), *timings(device)]
 
 
 # --- the operations -----------------------------------------------------------------------------
 
 
-def kernel_checks(device: torch.device) -> list[Check]:
-    """Every kernel of every implementation."""
+def kernel_checks(device: torch.device, quick: bool = False) -> list[Check]:
+    """Every kernel of every implementation; one batch each if ``quick``."""
     checks = []
     for operation, implementations in ops.OPERATIONS.items():
         for implementation in implementations:
@@ -89,7 +91,7 @@ def kernel_checks(device: torch.device) -> list[Check]:
                     continue  # it is of float32 alone
                 if (operation, implementation, dtype) == ("trunk", "cuda", "fp32"):
                     continue  # its activations have 16 bits
-                checks.append(_kernel_check(device, operation, implementation, dtype))
+                checks.append(_kernel_check(device, operation, implementation, dtype, quick))
     return checks
 
 
@@ -120,6 +122,7 @@ def _kernel_check(
         lambda: run(device, operation, implementation, dtype, quick),
         operation=operation,
         implementation=implementation,
+        kernel=kernel_check_name(operation, implementation, dtype),
     )
 
 
@@ -153,7 +156,10 @@ def _trunk_is_right(
     """Each kernel of a training step, and evaluation."""
     _can_run(implementation, device, operation)
     sizes = sizes_of(device, implementation)
-    module = trunk_autograd.kernels_of(implementation)
+    # only where it is used: torch.library's custom operations import triton
+    from cifar_resnet_fast.ops._trunk.autograd import kernels_of
+
+    module = kernels_of(implementation)
     places, evaluated = 0, []
     for batch in _batches(device, implementation, quick):
         problem = trunk.draw(sizes.depth, batch, DTYPES[dtype], device, side=sizes.side)

@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from cifar_resnet_fast.verification.checks import Check
+from cifar_resnet_fast.verification.verdicts import FAILED
 
-OK, FAILED, NOT_POSSIBLE = "ok", "failed", "not possible"
 _START_SECONDS = 120.0  # a worker's imports and its CUDA context, on a machine that is busy
 CATALOGUE = "cifar_resnet_fast.verification.checks"
 

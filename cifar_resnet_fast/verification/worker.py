@@ -14,6 +14,7 @@ import torch
 
 from cifar_resnet_fast.verification.budget import Unavailable, WrongResult
 from cifar_resnet_fast.verification.checks import Check
+from cifar_resnet_fast.verification.verdicts import FAILED, NOT_POSSIBLE, OK
 
 
 def outcome_of(check: Check, device: torch.device) -> dict:
@@ -22,7 +23,7 @@ def outcome_of(check: Check, device: torch.device) -> dict:
     After an error of CUDA nothing more can be done in the same process, and which error is one of
     CUDA's cannot be told for certain: every unexpected error is the process's last.
     """
-    verdict, reason, data, last = "ok", "", {}, False
+    verdict, reason, data, last = OK, "", {}, False
     try:
         found = check.run()
         if device.type == "cuda":
@@ -32,13 +33,13 @@ def outcome_of(check: Check, device: torch.device) -> dict:
         elif found:
             reason = found
     except Unavailable as error:
-        verdict, reason = "not possible", _first_line(error)
+        verdict, reason = NOT_POSSIBLE, _first_line(error)
     except torch.OutOfMemoryError:
-        verdict, reason, last = "not possible", "out of memory", True
+        verdict, reason, last = NOT_POSSIBLE, "out of memory", True
     except WrongResult as error:
-        verdict, reason = "failed", f"wrong result: {_first_line(error)}"
+        verdict, reason = FAILED, f"wrong result: {_first_line(error)}"
     except Exception as error:
-        verdict, last = "failed", True
+        verdict, last = FAILED, True
         data = {"traceback": traceback.format_exc()}
         reason = f"error: {type(error).__name__}: {_first_line(error)}"
     return {"verdict": verdict, "reason": reason, "data": data, "last": last}

@@ -1,7 +1,7 @@
 """What the tests of the emulated kernels share: inputs that bite, and poisoned outputs.
 
 Inputs have a mean far from zero, so that a variance that cancels shows. Outputs start as NaN. The
-error budget is tests/budget.py's.
+error budget is that of verification/budget.py.
 """
 
 import torch
