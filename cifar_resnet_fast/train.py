@@ -35,7 +35,15 @@ from cifar_resnet_fast.training.run import (
 )
 
 # what a command line may change with --resume: where things are and how they are shown
-_FREE_ON_RESUME = {"resume", "data_root", "device", "tensorboard", "timeout", "no_selfcheck"}
+_FREE_ON_RESUME = {
+    "resume",
+    "data_root",
+    "device",
+    "tensorboard",
+    "timeout",
+    "profile",
+    "no_selfcheck",
+}
 
 _FP16_LOSS_SCALE = 1024.0  # a mean over 1024 pictures then has the gradients of their sum
 

@@ -83,6 +83,7 @@ FLOORS = {
     "info": 4,
     "training.logbook": 4,
     "training.signals": 4,
+    "training.trace": 4,
     "training.run": 4.1,
     "selfcheck": 5,
     "train": 5,

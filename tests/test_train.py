@@ -89,6 +89,44 @@ def test_run_folder(finished):
         assert row["images_per_second"] > 0
 
 
+def steps_of_trace(folder):
+    """The names of the steps in a trace, in the order of their times."""
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    steps = {e["name"]: e["ts"] for e in events if str(e.get("name")).startswith("step ")}
+    return sorted(steps, key=steps.get)
+
+
+def test_profile_leaves_a_trace_of_five_steps_and_the_same_bits(finished, tmp_path, capsys):
+    out = run("--profile", out=tmp_path / "run")
+    assert f"a trace of 5 steps is in {out / 'trace.json'}" in capsys.readouterr().out
+    assert steps_of_trace(out) == [f"step {i} of 5" for i in range(1, 6)]
+    content = json.loads((out / "trace.json").read_text())
+    assert any("conv" in str(event.get("name")) for event in content["traceEvents"])
+    expected, got = tensors(checkpoint(finished)), tensors(checkpoint(out))
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+    assert "profile" not in json.loads((out / "config.json").read_text())
+
+
+def test_profile_of_a_short_run(tmp_path, capsys):
+    out = run("--profile", "--epochs", 2, out=tmp_path / "eight")  # 8 steps, of which 3 are left
+    assert steps_of_trace(out) == [f"step {i} of 5" for i in range(1, 4)]
+    capsys.readouterr()
+    out = run("--profile", "--epochs", 1, "--milestones", out=tmp_path / "four")
+    assert not (out / "trace.json").exists()
+    assert "no trace is written: the first 5 steps are not recorded, and 4 are left" in (
+        capsys.readouterr().out
+    )
+
+
+def test_profile_is_free_on_resume(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert main([*TINY, "--out", str(out)]) == 130
+    assert main(["--resume", str(out), "--profile"]) == 0
+    assert len(steps_of_trace(out)) == 5
+
+
 def test_checkpoint_loads_as_a_network_and_scores_what_was_logged(finished, capsys):
     load_checkpoint(FastResNet(8), finished / "checkpoint.pt")
     assert main(["--eval", str(finished / "checkpoint.pt"), "--limit", "64"]) == 0

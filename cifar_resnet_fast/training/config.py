@@ -121,6 +121,9 @@ class TrainConfig:
     resume: str | None = _flag(None, "folder of a stopped run to continue with its own settings")
     eval: str | None = _flag(None, "checkpoint to evaluate on the test set, without training")
     tensorboard: bool = _flag(False, "write TensorBoard events into the run's folder, too")
+    profile: bool = _flag(
+        False, "write a trace of five steps, for chrome://tracing or Perfetto, into the folder"
+    )
     no_selfcheck: bool = _flag(
         False, "do not check the kernels before the first run on a card and a build"
     )
@@ -215,7 +218,7 @@ class TrainConfig:
 
 
 # what is about the call, not about the training
-PLACES = ("out", "resume", "eval", "no_selfcheck")
+PLACES = ("out", "resume", "eval", "profile", "no_selfcheck")
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -7,6 +7,7 @@ with the bits of one that was not. Its ``state_dict`` holds the weights that wer
 ``load_checkpoint`` takes the same file.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -27,11 +28,12 @@ from cifar_resnet_fast.training.logbook import Logbook, SilentLogbook, read_metr
 from cifar_resnet_fast.training.memory import batch_must_fit
 from cifar_resnet_fast.training.schedules import learning_rates
 from cifar_resnet_fast.training.signals import StopRequest
+from cifar_resnet_fast.training.trace import STEPS_BEFORE, StepTrace
 
 _SHOW_EVERY_SECONDS = 0.2
 _SAVE_EVERY_SECONDS = 10.0  # an epoch can take less time than a checkpoint's way to the disk
 _AGREE_EVERY_STEPS = 8
-_CHECKPOINT = "checkpoint.pt"
+_CHECKPOINT, _TRACE = "checkpoint.pt", "trace.json"
 IMAGENET_STATISTICS = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
 
 
@@ -164,7 +166,7 @@ class Run:
         logbook = self._logbook()
         patient = self.processes.count > 1
         fits = batch_must_fit(config.batch_size, self.processes, self.engine)
-        with StopRequest(patient) as stop, logbook, fits:
+        with StopRequest(patient) as stop, logbook, fits, self._tracing(logbook):
             self._capture(logbook)
             for epoch in range(self.step // steps, config.epochs):
                 speed = self._train_epoch(epoch, logbook, stop)
@@ -190,6 +192,31 @@ class Run:
             if reason is not None:
                 logbook.say(f"steps run one kernel at a time, slower than captured: {reason}")
 
+    def _tracing(self, logbook: Logbook | SilentLogbook) -> contextlib.AbstractContextManager:
+        """Records a few steps, if that is wanted: those of the first process."""
+        self._trace = None
+        if not self.config.profile or self.processes.rank:
+            return contextlib.nullcontext()
+        left = self.config.epochs * self.data.training.steps - self.step
+        if left <= STEPS_BEFORE:
+            logbook.say(
+                f"no trace is written: the first {STEPS_BEFORE} steps are not recorded, and "
+                f"{left} are left"
+            )
+            return contextlib.nullcontext()
+        self._trace = StepTrace(self.folder / _TRACE, self.processes.device)
+        return self._trace
+
+    def _step(self, logbook: Logbook | SilentLogbook) -> None:
+        """Launch a step, and record it if it is one of those that are to be."""
+        if self._trace is None:
+            self.engine.train_step()
+            return
+        self._trace.before_step()
+        self.engine.train_step()
+        if self._trace.after_step():
+            logbook.say(f"a trace of {self._trace.written} steps is in {self._trace.path}")
+
     def _logbook(self) -> Logbook | SilentLogbook:
         if self.processes.rank:
             return SilentLogbook(read_metrics(self.folder))
@@ -210,7 +237,7 @@ class Run:
         began, first, shown = time.monotonic(), self.step, 0.0
         asked = None  # the step whose metrics are on their way
         while self.step < (epoch + 1) * steps:
-            engine.train_step()
+            self._step(logbook)
             last = self.step == (epoch + 1) * steps
             now = time.monotonic()
             if asked is None and not last and now - shown > _SHOW_EVERY_SECONDS:

@@ -1,0 +1,68 @@
+"""A few steps of a run as a trace for chrome://tracing or Perfetto (layer 4)."""
+
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+STEPS_BEFORE, STEPS = 5, 5  # the first ones still fill caches and raise the clocks
+
+
+class StepTrace:
+    """Records ``STEPS`` steps of a run, after ``STEPS_BEFORE`` others.
+
+    ``before_step`` and ``after_step`` are to be called around each step of the run. The last of
+    the recorded ones writes the trace; if the run ends before it, the end of the context does.
+
+    Args:
+        path: of the trace
+        device: where the steps run
+
+    Attributes:
+        written: how many steps the trace at ``path`` has; 0 until it is there
+    """
+
+    def __init__(self, path: Path, device: torch.device):
+        self.path, self.written = path, 0
+        self._device = device
+        self._entered = self._recorded = 0
+        self._profile: profile | None = None
+
+    def __enter__(self) -> "StepTrace":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._profile is not None:
+            self._write()
+
+    def before_step(self) -> None:
+        """A step is about to be launched."""
+        if self._entered == STEPS_BEFORE:
+            activities = [ProfilerActivity.CPU]
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # or steps launched before would be in it
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities)
+            self._profile.start()
+        if self._profile is not None:
+            self._mark = record_function(f"step {self._recorded + 1} of {STEPS}")
+            self._mark.__enter__()
+        self._entered += 1
+
+    def after_step(self) -> bool:
+        """A step has been launched; whether the trace was written with it."""
+        if self._profile is None:
+            return False
+        self._mark.__exit__(None, None, None)
+        self._recorded += 1
+        if self._recorded < STEPS:
+            return False
+        self._write()
+        return True
+
+    def _write(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._profile.stop()
+        self._profile.export_chrome_trace(str(self.path))
+        self._profile, self.written = None, self._recorded
