@@ -22,6 +22,7 @@ RESULT_FIELDS = ("us", "no_time", "seconds", "copy_gb_s")  # a row has one of th
 # the fields that tell a suite's cases from each other
 CASES = {
     "card": ("measured_by",),
+    "ladder": ("rung",),
     "kernels": ("operation", "place", "dtype", "batch", "phase", "implementation"),
     "trunk": ("kernel", "place", "dtype", "batch", "implementation"),
     "step": ("phase", "depth", "dtype", "batch", "implementation"),
@@ -240,8 +241,17 @@ def prediction_lines() -> list[str]:
     return [*lines, "", *(f"* {line.strip()}" for line in assumed), ""]
 
 
+def ladder_lines(rows: list[Row]) -> list[str]:
+    """What became of each program that the ladder ran."""
+    return [
+        *(f"* {r['rung']}: {r['state']} in {r['seconds']:.0f} s; `{r['said']}`" for r in rows),
+        "",
+    ]
+
+
 SECTIONS = {  # title, and what makes the lines
     "card": ("", card_lines),
+    "ladder": ("The ladder", ladder_lines),
     "step": ("Training steps and inference", step_lines),
     "trunk": ("Kernels of the trunk", trunk_lines),
     "kernels": ("Kernels", kernel_lines),
