@@ -34,7 +34,7 @@ _ON_ITS_FEET = 20.0  # seconds without which no rung is begun
 TESTED = {
     "kernels": ("trunk", "conv_bn_relu", "kernels_raw", "stage_border", "shortcut_a"),
     "steps": ("engine", "network", "optimizer", "loader", "memory"),
-    "programs": ("selfcheck", "bench_trunk", "bench_measure", "bench_suites", "train"),
+    "programs": ("bench_trunk", "bench_measure", "bench_suites", "train"),
 }
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 

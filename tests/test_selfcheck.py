@@ -31,7 +31,6 @@ needs_emulation = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """Verdicts are kept in a folder of the test's own."""
-    pytest.importorskip("platformdirs")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

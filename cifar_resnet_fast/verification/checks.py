@@ -254,8 +254,9 @@ def _gpus_exchange(device: torch.device) -> str:
     command += [f"--nproc-per-node={count}", "-m", exchange.__name__, device.type]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
-        said = [line for line in ended.stderr.splitlines() if line.strip()]
-        raise WrongResult(f"{count} GPUs: {said[0] if said else 'no message'}")
+        said = [line for line in ended.stderr.splitlines() if "Error" in line or "sums" in line]
+        why = said[0].strip() if said else f"exit status {ended.returncode}"
+        raise WrongResult(f"{count} GPUs: {why}")
     return f"{count} GPUs"
 
 
