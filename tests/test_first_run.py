@@ -1,7 +1,10 @@
 """Kernels are checked before the first run on a card and a build, and not again."""
 
 import contextlib
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -265,3 +268,26 @@ def test_info_shows_the_verdicts(monkeypatch):
     assert lines[1].endswith(": hung")
     monkeypatch.setattr(verdicts.importlib.util, "find_spec", lambda name: None)
     assert "platformdirs is not installed" in info.verdict_lines(GPU)[0]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_first_run_checks(tmp_path):
+    """In processes of their own, as a user starts them; the second is checked only if it must."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-m", "cifar_resnet_fast.train", "--dataset", "shapes"]
+    command += "--limit 256 --depth 8 --epochs 1 --batch-size 64 --milestones --out".split()
+    shown = [
+        subprocess.run(
+            [*command, str(tmp_path / name)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for name in ("first", "second")
+    ]
+    checked = ["kernels checked, for the first time" in text for text in shown]
+    kept = importlib.util.find_spec("platformdirs") is not None
+    assert checked == [True, not kept]
+    assert all("failed" not in text for text in shown)

@@ -15,7 +15,12 @@ from rehearsal import Rehearsal
 
 from cifar_resnet_fast import ops, selfcheck
 from cifar_resnet_fast.verification import checks, networks, repeats
-from cifar_resnet_fast.verification.budget import Unavailable, WrongResult, assert_same_bits
+from cifar_resnet_fast.verification.budget import (
+    Compared,
+    Unavailable,
+    WrongResult,
+    assert_same_bits,
+)
 from cifar_resnet_fast.verification.checks import Check
 from cifar_resnet_fast.verification.networks import Problem
 from cifar_resnet_fast.verification.runner import Outcome, run_checks
@@ -180,6 +185,64 @@ def test_quick_checks_are_of_what_a_run_uses():
         "sgd, triton, fp32, quick",
     ]
     assert checks._batches(torch.device("cuda"), "cuda", quick=True) == (checks.QUICK_BATCH,)
+
+
+def sums(error, ours=1.0, size=16, seed=0):
+    """A float32 sum over pixels, ``dbn_bias``, whose errors are ``ours`` times eager's."""
+    generator = torch.Generator().manual_seed(seed)
+    exact = torch.randn(size, generator=generator).double()
+    noise = error * torch.randn(2, size, generator=generator).double()
+    mine, eager = (exact + ours * noise[0]).float(), (exact + noise[1]).float()
+    return Compared("dbn_bias", mine, eager, exact)
+
+
+def test_sums_in_float32_are_held_to_the_budget_together():
+    """Over a few channels of one place it is chance whose order of additions was the better."""
+    places = [sums(1e-5, ours=4.0 if seed == 0 else 1.0, seed=seed) for seed in range(20)]
+    with pytest.raises(WrongResult, match="dbn_bias: norm of the error"):
+        places[0].check()
+    held = checks._Held("fp32")
+    for number, place in enumerate(places):
+        held.check([dataclasses.replace(place, measures=("norm",))], f"place {number}", 3)
+    held.check_sums()
+
+
+def test_what_is_not_chance_is_seen():
+    held = checks._Held("fp32")
+    for seed in range(20):
+        held.check([sums(1e-5, ours=4.0, seed=seed)], f"place {seed}", 3)
+    with pytest.raises(WrongResult, match=r"all places, the worst place \d+, batch 3: dbn_bias"):
+        held.check_sums()
+    held = checks._Held("fp32")
+    for seed in range(20):
+        result = sums(1e-5, seed=seed)
+        if seed == 7:
+            result = dataclasses.replace(result, ours=result.ours * 1.005)
+        held.check([result], f"place {seed}", 3)
+    with pytest.raises(WrongResult, match="the worst place 7, batch 3: dbn_bias: norm of the"):
+        held.check_sums()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t: t * float("nan"), "must be finite"),
+        (lambda t: t[:-1], "must have shape"),
+        (lambda t: t.half(), "must be of eager's dtype"),
+    ],
+)
+def test_the_form_of_a_sum_is_checked_where_it_is(spoil, words):
+    result = sums(1e-5)
+    result = dataclasses.replace(result, ours=spoil(result.ours))
+    with pytest.raises(WrongResult, match=f"stem, batch 1: dbn_bias {words}"):
+        checks._Held("fp32").check([result], "stem", 1)
+
+
+def test_other_results_are_held_place_by_place():
+    other = dataclasses.replace(sums(1e-5, ours=4.0), name="dz")
+    for dtype, result in (("fp32", other), ("fp16", sums(1e-5, ours=4.0))):
+        with pytest.raises(WrongResult, match="stem, batch 1: d.*: norm of the error"):
+            checks._Held(dtype).check([result], "stem", 1)
 
 
 # --- steps --------------------------------------------------------------------------------------

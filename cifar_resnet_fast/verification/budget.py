@@ -8,7 +8,8 @@ Source: Dao et al. 2022, "FlashAttention", whose tests hold kernels to twice PyT
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,12 +46,7 @@ def assert_within_budget(
         WrongResult: names the quantity, and its error beside the allowed one
     """
     own_exact = exact if own_exact is None else own_exact
-    if ours.dtype != eager.dtype:
-        raise WrongResult(f"{name} must be of eager's dtype {eager.dtype}, got {ours.dtype}")
-    if ours.shape != exact.shape:
-        raise WrongResult(f"{name} must have shape {tuple(exact.shape)}, got {tuple(ours.shape)}")
-    if not ours.isfinite().all():
-        raise WrongResult(f"{name} must be finite, and is not")
+    _check_form(name, ours, eager, exact)
     rounding = torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0.0
     for measure in measures:
         size = MEASURES[measure]
@@ -63,15 +59,76 @@ def assert_within_budget(
             )
 
 
-def check(
+def _check_form(name: str, ours: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Dtype and shape are right, and every number is finite."""
+    if ours.dtype != eager.dtype:
+        raise WrongResult(f"{name} must be of eager's dtype {eager.dtype}, got {ours.dtype}")
+    if ours.shape != exact.shape:
+        raise WrongResult(f"{name} must have shape {tuple(exact.shape)}, got {tuple(ours.shape)}")
+    if not ours.isfinite().all():
+        raise WrongResult(f"{name} must be finite, and is not")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A result and what it is held against; the fields are ``assert_within_budget``'s."""
+
+    name: str
+    ours: Tensor
+    eager: Tensor
+    exact: Tensor
+    own_exact: Tensor | None = None
+    measures: Iterable[str] = tuple(MEASURES)
+
+    def check(self) -> None:
+        """Raises WrongResult if it is not within the budget."""
+        tensors = (self.ours, self.eager, self.exact, self.own_exact)
+        assert_within_budget(self.name, *tensors, self.measures)
+
+    def check_form(self) -> None:
+        """Raises WrongResult if dtype or shape are wrong, or a number is not finite."""
+        _check_form(self.name, self.ours, self.eager, self.exact)
+
+    def ratio(self) -> float:
+        """The norm of the error over that of the exact values."""
+        exact = self.exact if self.own_exact is None else self.own_exact
+        return (self.ours.double() - exact).norm().item() / (exact.norm().item() or 1.0)
+
+    @classmethod
+    def joined(cls, name: str, parts: Sequence["Compared"]) -> "Compared":
+        """Results of one kind as one, each over the largest of its exact values.
+
+        All parts are of a right form and have the dtype and the measures of the first.
+        """
+        largest = [
+            part.exact.abs().max().clamp(min=torch.finfo(torch.double).tiny) for part in parts
+        ]
+
+        def join(tensors: Iterable[Tensor]) -> Tensor:
+            pairs = zip(tensors, largest, strict=True)
+            return torch.cat([(tensor.double() / size).flatten() for tensor, size in pairs])
+
+        first = parts[0]
+        own = [part.exact if part.own_exact is None else part.own_exact for part in parts]
+        return cls(
+            name,
+            join(part.ours for part in parts).to(first.ours.dtype),
+            join(part.eager for part in parts).to(first.eager.dtype),
+            join(part.exact for part in parts),
+            join(own),
+            first.measures,
+        )
+
+
+def compared(
     ours: Mapping[str, Tensor],
     eager: Mapping[str, Tensor],
     exact: Mapping[str, Tensor],
     *,
     own: Mapping[str, Tensor] | None = None,
     maximum: bool,
-) -> None:
-    """``assert_within_budget`` for every tensor of ``exact`` by name.
+) -> list[Compared]:
+    """Every tensor of ``exact``, by name.
 
     Args:
         ours, eager: results by name, in the dtype that is measured
@@ -80,14 +137,22 @@ def check(
         maximum: hold the largest error to it, too, not only the norm. Not for gradients: where a
             ReLU's input is within rounding of 0 its mask is chance, and one such pixel is the
             maximum
+    """
+    measures = tuple(MEASURES) if maximum else ("norm",)
+    return [
+        Compared(name, ours[name], eager[name], truth, (own or {}).get(name), measures)
+        for name, truth in exact.items()
+    ]
+
+
+def check(*results: Mapping[str, Tensor], maximum: bool) -> None:
+    """``ours``, ``eager`` and ``exact``, as ``compared`` has them, are within the budget.
 
     Raises:
         WrongResult: names the tensor and by how much it errs
     """
-    measures = tuple(MEASURES) if maximum else ("norm",)
-    for name, truth in exact.items():
-        own_exact = (own or {}).get(name)
-        assert_within_budget(name, ours[name], eager[name], truth, own_exact, measures)
+    for result in compared(*results, maximum=maximum):
+        result.check()
 
 
 def assert_same_bits(name: str, ours: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from cifar_resnet_fast.data.loader import CROP_PADDING, draw_epoch
 from cifar_resnet_fast.resnet import STAGE_CHANNELS, FastResNet
 from cifar_resnet_fast.training.config import TrainConfig
 from cifar_resnet_fast.training.optimizers import flatten
-from cifar_resnet_fast.verification.budget import check, without_tf32
+from cifar_resnet_fast.verification.budget import Compared, compared, without_tf32
 
 SIDES = (32, 16, 8)  # pixels a row, of the three stages
 _RECIPE = TrainConfig()
@@ -261,7 +261,13 @@ def differentiate(case: Case, run: Run, tensors: Tensors, dout: Tensor) -> tuple
 
 
 def verify(case: Case, run: Run, tensors: Tensors, dout: Tensor | None) -> None:
-    """Raise WrongResult where ``run`` is further from float64 than eager PyTorch may be.
+    """Raise WrongResult where ``run`` is further from float64 than eager PyTorch may be."""
+    for result in compare(case, run, tensors, dout):
+        result.check()
+
+
+def compare(case: Case, run: Run, tensors: Tensors, dout: Tensor | None) -> list[Compared]:
+    """What ``run`` leaves, and what it is held against.
 
     ``run`` gets copies: operations update running statistics, or all they do is in place.
     """
@@ -285,5 +291,6 @@ def verify(case: Case, run: Run, tensors: Tensors, dout: Tensor | None) -> None:
             results(eager, None),
             results(eager, torch.double),
         )
-    check(ours[0], theirs[0], exact[0], maximum=True)
-    check(ours[1], theirs[1], exact[1], maximum=False)
+    return compared(ours[0], theirs[0], exact[0], maximum=True) + compared(
+        ours[1], theirs[1], exact[1], maximum=False
+    )

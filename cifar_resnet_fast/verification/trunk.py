@@ -17,7 +17,7 @@ from cifar_resnet_fast.ops import Unit
 from cifar_resnet_fast.ops._trunk import plain as plain_kernels
 from cifar_resnet_fast.ops._trunk import schedule
 from cifar_resnet_fast.resnet import STAGE_CHANNELS
-from cifar_resnet_fast.verification.budget import check, without_tf32
+from cifar_resnet_fast.verification.budget import Compared, compared, without_tf32
 from cifar_resnet_fast.verification.operations import SIDES, Draw
 
 RESULTS = {  # of the methods; the sums are seen in what the next kernel makes of them
@@ -175,7 +175,13 @@ def _used_bytes(name: str, tensor: Tensor, arguments: dict) -> int:
 
 
 def verify(steps: list[Step], position: int) -> None:
-    """Raise WrongResult where a step is further from float64 than eager PyTorch may be.
+    """Raise WrongResult where a step is further from float64 than eager PyTorch may be."""
+    for result in compare(steps, position):
+        result.check()
+
+
+def compare(steps: list[Step], position: int) -> list[Compared]:
+    """What a step leaves, and what it is held against.
 
     Eager PyTorch and float64 get the very tensors of the call, but sums of their own. Where a
     ReLU's input is nearly zero its mask is chance, and what depends on that is not compared. The
@@ -191,8 +197,7 @@ def verify(steps: list[Step], position: int) -> None:
     elif step.method == "head_forward":
         z = plain_kernels.before_relu(given["y"], truth["norm"], given["shortcut"])
     else:
-        check(ours, theirs, truth, maximum=True)
-        return
+        return compared(ours, theirs, truth, maximum=True)
     name = "mask" if step.method == "head_forward" else "dz"
     # statistics may be of y before it was rounded, and float32 has last bits
     decided = z.abs() > max(torch.finfo(ours[name].dtype).eps, 1e-5)
@@ -202,7 +207,7 @@ def verify(steps: list[Step], position: int) -> None:
         ours = {name: value.clone() for name, value in ours.items()}  # the next line updates some
         norm = step.on(copy.copy(step.kernels))[0].double()
         own["pooled"] = plain_kernels.activation(given["y"], norm, given["shortcut"]).mean((2, 3))
-    check(
+    return compared(
         *({**found, name: found[name] * decided} for found in (ours, theirs, truth)),
         own=own,
         maximum=True,
