@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The compiled kernels under compute-sanitizer, on a machine with a GPU and a CUDA toolkit:
-#   tests/sanitize.sh [pytest arguments]
+#   tests/sanitize.sh [memcheck | racecheck | initcheck | synccheck] [pytest arguments]
+# Without a tool all of them run, one after the other.
 # memcheck: accesses out of bounds; racecheck: shared memory without a barrier; initcheck: reads of
 # global memory that nothing has written; synccheck: barriers that not all can reach.
 # PYTHON names the interpreter (default python3).
@@ -20,7 +21,14 @@ fi
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 # and no test may fill memory beforehand
 export SANITIZED=1
-for tool in memcheck racecheck initcheck synccheck; do
+tools=(memcheck racecheck initcheck synccheck)
+case ${1-} in
+  memcheck | racecheck | initcheck | synccheck)
+    tools=("$1")
+    shift
+    ;;
+esac
+for tool in "${tools[@]}"; do
   echo "== $tool"
   # the captured graphs and the huge tensors need the cache; timeouts do not fit a hundredfold run
   "$sanitizer" --tool "$tool" --error-exitcode 1 --target-processes all \
