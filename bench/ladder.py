@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
         suite.add(row, f"{state:8} {rung.name:28} {took:6.1f} s  {row['said']}")
         if state == STOPPED:
             left.append(rung.name)
-    print(f"left: {', '.join(left) or 'nothing'}; {suite.path}")
+    print(f"left: {'; '.join(left) or 'nothing'}\nresults in {suite.path}")
     return int(failed)
 
 
