@@ -59,6 +59,8 @@ def checked(monkeypatch):
 ALL = [
     "trunk, cuda, fp16, quick",
     "load_batch, triton, fp16, quick",
+    "linear_cross_entropy, triton, fp32, quick",
+    "record_step, triton, fp32, quick",
     "sgd, triton, fp32, quick",
 ]
 
@@ -131,11 +133,12 @@ def test_a_first_run_checks_and_the_second_does_not(checked):
     assert verify_run("auto", "fp16", GPU, say=said.append) == []
     assert checked.names == ALL
     (line,) = said
-    assert "trunk on cuda, load_batch on triton, sgd on triton: 3 ok in" in line
+    assert "trunk on cuda, load_batch on triton, linear_cross_entropy on triton, " in line
+    assert "sgd on triton: 5 ok in" in line
     assert verify_run("auto", "fp16", GPU, say=said.append) == []
     assert (checked.names, len(said)) == (ALL, 1)
     verify_run("auto", "bf16", GPU, say=said.append)  # other kernels, but for sgd's
-    assert checked.names[3:] == ["trunk, cuda, bf16, quick", "load_batch, triton, bf16, quick"]
+    assert checked.names[5:] == ["trunk, cuda, bf16, quick", "load_batch, triton, bf16, quick"]
 
 
 def test_float32_is_not_checked_on_kernels_that_do_not_take_it(checked):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
 
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.kernels import launch
+from cifar_resnet_fast.verification.budget import assert_within_budget
 
 SHAPES = [  # N, C, K
     pytest.param(1, 64, 10, id="one-image"),

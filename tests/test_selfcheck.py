@@ -119,7 +119,7 @@ def test_every_kernel_of_every_implementation_has_a_check(device):
             dtypes = ("fp16", "bf16", "fp32")
             if (operation, name) == ("trunk", "cuda"):
                 dtypes = ("fp16", "bf16")
-            if operation == "sgd":
+            if operation in checks.FLOAT32_ALONE:
                 dtypes = ("fp32",)
             if device == "cpu" and name == "triton":  # whose interpreter has no bfloat16
                 dtypes = tuple(dtype for dtype in dtypes if dtype != "bf16")
@@ -164,7 +164,9 @@ def test_a_planted_kernel_is_reported_as_that(planted, verdict, reason, monkeypa
 @pytest.mark.skipif(
     ops.why_not("triton", CPU, "sgd") is not None, reason="needs Triton's interpreter"
 )
-@pytest.mark.parametrize("operation", ["shortcut_a", "load_batch", "sgd"])
+@pytest.mark.parametrize(
+    "operation", ["shortcut_a", "load_batch", "linear_cross_entropy", "record_step", "sgd"]
+)
 def test_interpreted_kernels_pass(operation):
     wanted = [
         check

@@ -29,8 +29,9 @@ from cifar_resnet_fast.verification.networks import Problem, make_step, verify_s
 
 LIMIT, EXCHANGE_LIMIT = 120.0, 180.0  # seconds: a Triton check compiles a dozen kernels
 QUICK_BATCH = 131
-SUMS = ("norm", "running_mean", "running_var", "dweight")  # over all pixels
-SUMS += ("dbn_weight", "dbn_bias", "dscale", "dshift")
+FLOAT32_ALONE = ("linear_cross_entropy", "record_step", "sgd")  # take no 16-bit activations
+SUMS = ("loss", "norm", "running_mean", "running_var", "dweight")  # over all pixels or images
+SUMS += ("dbn_weight", "dbn_bias", "dscale", "dshift", "dbias")
 TIMED = Problem(56, 1024, "fp16", torch.device("cuda"))
 TIMED_STEPS = ("cuda", "triton", "eager graph")
 _TIMED_SECONDS = 1.0
@@ -94,8 +95,8 @@ def kernel_checks(device: torch.device, quick: bool = False) -> list[Check]:
             if implementation == "reference":
                 continue
             for dtype in sizes_of(device, implementation).dtypes:
-                if operation == "sgd" and dtype != "fp32":
-                    continue  # it is of float32 alone
+                if operation in FLOAT32_ALONE and dtype != "fp32":
+                    continue
                 if (operation, implementation, dtype) == ("trunk", "cuda", "fp32"):
                     continue  # its activations have 16 bits
                 checks.append(_kernel_check(device, operation, implementation, dtype, quick))
@@ -114,7 +115,7 @@ def quick_checks(device: torch.device, kernels: dict[str, str], dtype: str) -> l
         dtype: of the activations
     """
     return [
-        _kernel_check(device, *pair, "fp32" if pair[0] == "sgd" else dtype, quick=True)
+        _kernel_check(device, *pair, "fp32" if pair[0] in FLOAT32_ALONE else dtype, quick=True)
         for pair in kernels.items()
         if pair[1] != "reference"
     ]

@@ -14,7 +14,8 @@ from cifar_resnet_fast.verification.checks import Check, quick_checks
 from cifar_resnet_fast.verification.runner import CATALOGUE, run_checks
 from cifar_resnet_fast.verification.verdicts import FAILED, NOT_POSSIBLE, OK, Verdict, Verdicts
 
-RUN_OPERATIONS = ("trunk", "load_batch", "sgd")  # whose kernels a training launches
+# whose kernels a training launches
+RUN_OPERATIONS = ("trunk", "load_batch", "linear_cross_entropy", "record_step", "sgd")
 _JOBS = 3
 
 

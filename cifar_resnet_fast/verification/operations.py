@@ -209,6 +209,71 @@ def sgd(depth: int) -> Case:
     )
 
 
+def linear_cross_entropy(classes: int, label_smoothing: float, mixed: bool) -> Case:
+    """The last layer and the loss, with all gradients, which the forward pass makes."""
+    place = f"{STAGE_CHANNELS[-1]} to {classes}"
+    place += (", smoothed" if label_smoothing else "") + (", mixed" if mixed else "")
+    names = ("features", "weight", "bias")
+
+    def inputs(batch, dtype, device, generator):
+        draw, C = Draw(device, generator), STAGE_CHANNELS[-1]
+
+        def labels():
+            return torch.randint(classes, (batch,), device=device, generator=generator)
+
+        tensors = {
+            "features": 0.5 * draw.vector(batch, C) + 2.3,
+            "weight": draw.vector(classes, C) / C**0.5,
+            "bias": draw.vector(classes),
+            "labels": labels(),
+        }
+        if mixed:
+            tensors |= {"labels_b": labels(), "ratio": torch.tensor(0.3, device=device)}
+        return tensors
+
+    def call(tensors, implementation):
+        given = {n: t.detach().requires_grad_(n in names) for n, t in tensors.items()}
+        settings = {"label_smoothing": label_smoothing}
+        if implementation == "reference":  # itself, for it takes a float64 ratio, too
+            loss, hits = reference.linear_cross_entropy(**given, **settings)
+        else:
+            loss, hits = ops.linear_cross_entropy(
+                **given, **settings, implementation=implementation
+            )
+        gradients = torch.autograd.grad(loss, [given[name] for name in names])
+        found = {f"d{name}": g for name, g in zip(names, gradients, strict=True)}
+        return {"loss": loss.detach(), "hits": hits, **found}
+
+    return Case("linear_cross_entropy", place, inputs, call)
+
+
+def record_step(advance: bool) -> Case:
+    """The end of a step, in the epoch's second round of columns."""
+    columns, step = 48, 70
+    written = ("metrics", "step", "lr")
+
+    def inputs(batch, dtype, device, generator):
+        draw = Draw(device, generator)
+        return {
+            "metrics": draw.vector(3, columns),
+            "loss": draw.vector(),
+            "hits": torch.tensor(123.0, device=device),
+            "skipped": torch.tensor(3, dtype=torch.int32, device=device),
+            "step": torch.tensor(step, device=device),
+            "lr": torch.tensor(0.1, device=device),
+            "schedule": draw.vector(2 * columns),
+        }
+
+    def call(tensors, implementation):
+        if implementation == "reference":  # itself, for it takes float64, too
+            reference.record_step(**tensors, advance=advance)
+        else:
+            ops.record_step(**tensors, advance=advance, implementation=implementation)
+        return {name: tensors[name] for name in written}
+
+    return Case("record_step", "counts" if advance else "dummy", inputs, call, batched=False)
+
+
 BORDERS = tuple(zip(STAGE_CHANNELS[:2], STAGE_CHANNELS[1:], SIDES[:2], strict=True))
 UNITS = (  # C, K, pixels a row, stride, with a shortcut
     (3, STAGE_CHANNELS[0], SIDES[0], 1, False),
@@ -224,6 +289,9 @@ CASES = (
     *(shortcut_a(*border) for border in BORDERS),
     *(stage_border(*border) for border in BORDERS),
     load_batch(),
+    linear_cross_entropy(10, 0.0, mixed=False),
+    linear_cross_entropy(100, 0.1, mixed=True),
+    *(record_step(advance) for advance in (True, False)),
     *(sgd(depth) for depth in (20, 56)),
 )
 
