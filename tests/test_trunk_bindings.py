@@ -126,3 +126,15 @@ def test_blocks_have_bounds(blocks, calls):
     func, args = calls["conv3x3_f2"]
     with pytest.raises(RuntimeError):
         func(*args[:-1], blocks)
+
+
+def test_layers_of_several_launches(kernels_run, device):
+    """128 layers travel as one launch's arguments; all are as if each were prepared alone."""
+    kernels_run("cuda")
+    prepare = torch.ops.cifar_resnet_fast.prepare_weights
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(130, 16, 16, 3, 3, generator=generator).to(device).unbind()
+    like = torch.empty(1, dtype=torch.float16, device=device)
+    alone = torch.cat([prepare([weights[i]], like) for i in (0, 127, 128, 129)])
+    together = prepare(list(weights), like).view(130, -1)
+    assert torch.equal(together[[0, 127, 128, 129]].flatten(), alone)
