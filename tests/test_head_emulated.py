@@ -26,8 +26,9 @@ from cifar_resnet_fast.verification.budget import assert_within_budget
     ("kind", "N", "blocks", "order"),
     [
         pytest.param("identity", 11, 1, "last_warp_first", id="prime-more-than-warps"),
-        pytest.param("identity", 1, 2, "round_robin", id="one-image-idle-warps"),
+        pytest.param("identity", 1, 2, "round_robin", id="one-image-idle-block"),
         pytest.param("option_a", 3, 1, "first_warp_first", id="one-block-stage-3"),
+        pytest.param("option_a", 3, 3, "last_warp_first", id="one-image-a-block-stage-3"),
     ],
 )
 def test_head(kernels, kind, N, blocks, order, dtype):

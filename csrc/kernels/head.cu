@@ -1,8 +1,10 @@
 // Last activation and average pool, forward and backward; head.h says what they compute.
 //
 // A warp works alone, on whole images: lane l has the 8 channels of chunk l % 8 of the pixels
-// l / 8, l / 8 + 4, ..., 16 pixels. The activation itself is not kept: its gradient needs no more
-// than whether it is positive, one bit a value.
+// l / 8, l / 8 + 4, ..., 16 pixels. If there are no more images than blocks, the warps of a block
+// work together on one: such a lane has 2 of these pixels, and waits for memory once. The
+// activation itself is not kept: its gradient needs no more than whether it is positive, one bit a
+// value.
 #include "bn_finalize.cuh"
 #include "head.h"
 #include "launch.cuh"
@@ -15,8 +17,21 @@ constexpr int C = 64, kWarps = 8, kThreads = kWarps * 32, kPixels = 64, kLanePix
 constexpr int kScratchAt = 2 * C * 4;
 constexpr int kForwardBytes = kScratchAt + merge_bytes<C, kThreads>();
 constexpr int kBackwardBytes = kWarps * 2 * C * 4;
+static_assert(kWarps * C * 4 <= merge_bytes<C, kThreads>());  // the warps' sums of an image
 
-template <class T>
+// The images of a warp, and its pixels of each.
+template <bool TOGETHER>
+struct Work {
+  static constexpr int kPixelsHere = TOGETHER ? kLanePixels / kWarps : kLanePixels;
+  Share images;
+  int first_pixel;
+  DEVICE Work(int count, int warp, int lane)
+      : images(count, TOGETHER ? block_index() : block_index() * kWarps + warp,
+               TOGETHER ? block_count() : block_count() * kWarps),
+        first_pixel((lane >> 3) + (TOGETHER ? warp * kPixelsHere * 4 : 0)) {}
+};
+
+template <class T, bool TOGETHER>
 __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadForwardParams p) {
   const int warp = thread_index() >> 5, lane = thread_index() & 31, chunk = lane & 7;
   const uint32_t start = shared_start();
@@ -32,12 +47,12 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadForwardPa
   // option A: of [16, 16, 32], every second pixel; channels 16 .. 47 are its 0 .. 31
   const bool option_a = p.shortcut_kind == Shortcut::kOptionA;
   const bool adds = !option_a || (chunk >= 2 && chunk < 6);
-  const Share images(p.images, block_index() * kWarps + warp, block_count() * kWarps);
-  for (int image = images.first; image < images.end; ++image) {
+  const Work<TOGETHER> work(p.images, warp, lane);
+  for (int image = work.images.first; image < work.images.end; ++image) {
     float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 #pragma unroll 4
-    for (int i = 0; i < kLanePixels; ++i) {
-      const int pixel = (lane >> 3) + 4 * i;
+    for (int i = 0; i < work.kPixelsHere; ++i) {
+      const int pixel = work.first_pixel + 4 * i;
       const int at = image * Stage<C>::kImageBytes + pixel * 128 + chunk * 16;
       const int from = option_a ? image * Stage<32>::kImageBytes + pixel / 8 * 2 * kRowBytes +
                                       pixel % 8 * 128 + (chunk - 2) * 16
@@ -63,12 +78,28 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadForwardPa
     for (int k = 0; k < 8; ++k) {
       sum[k] += shuffle_xor(sum[k], 8);
       sum[k] += shuffle_xor(sum[k], 16);
-      if (lane < 8) store_float(p.pooled + image * C + chunk * 8 + k, sum[k] * (1.0f / kPixels));
+      if (lane >= 8) continue;
+      if (TOGETHER) {
+        store_shared(start + kScratchAt + (warp * C + chunk * 8 + k) * 4, sum[k]);
+      } else {
+        store_float(p.pooled + image * C + chunk * 8 + k, sum[k] * (1.0f / kPixels));
+      }
     }
+    if (!TOGETHER) continue;
+    block_barrier();  // the warps' sums are there
+    if (thread_index() < C) {
+      float total = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        total += load_shared_float(start + kScratchAt + (w * C + thread_index()) * 4);
+      }
+      store_float(p.pooled + image * C + thread_index(), total * (1.0f / kPixels));
+    }
+    block_barrier();  // and have been read
   }
 }
 
-template <class T>
+template <class T, bool TOGETHER>
 __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadBackwardParams p) {
   const int warp = thread_index() >> 5, lane = thread_index() & 31, chunk = lane & 7;
   let_next_kernel_start();
@@ -76,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadBackward
   float first[8] = {0, 0, 0, 0, 0, 0, 0, 0}, second[8] = {0, 0, 0, 0, 0, 0, 0, 0}, mean[8];
 #pragma unroll
   for (int k = 0; k < 8; ++k) mean[k] = load_float(p.saved + chunk * 8 + k);
-  const Share images(p.images, block_index() * kWarps + warp, block_count() * kWarps);
-  for (int image = images.first; image < images.end; ++image) {
+  const Work<TOGETHER> work(p.images, warp, lane);
+  for (int image = work.images.first; image < work.images.end; ++image) {
     float gradient[8];
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
@@ -91,8 +122,8 @@ __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadBackward
       gradient[k + 1] = T::high(rounded);
     }
 #pragma unroll 4
-    for (int i = 0; i < kLanePixels; ++i) {
-      const int pixel = (lane >> 3) + 4 * i;
+    for (int i = 0; i < work.kPixelsHere; ++i) {
+      const int pixel = work.first_pixel + 4 * i;
       const int at = image * Stage<C>::kImageBytes + pixel * 128 + chunk * 16;
       const Pairs y(load_16_bytes(static_cast<const char*>(p.y) + at));
       const unsigned positive = load_byte(p.positive + (image * kPixels + pixel) * 8 + chunk);
@@ -147,8 +178,13 @@ int head_forward(const HeadForwardParams& p, Dtype dtype, int blocks, bool overl
     return kBadPointer;
   }
   const LaunchShape shape = {blocks, kThreads, kForwardBytes, overlap, stream};
-  return dtype == Dtype::kFloat16 ? launch(head_forward_kernel<Float16>, p, shape)
-                                  : launch(head_forward_kernel<BFloat16>, p, shape);
+  const bool half = dtype == Dtype::kFloat16;
+  if (p.images <= blocks) {
+    return half ? launch(head_forward_kernel<Float16, true>, p, shape)
+                : launch(head_forward_kernel<BFloat16, true>, p, shape);
+  }
+  return half ? launch(head_forward_kernel<Float16, false>, p, shape)
+              : launch(head_forward_kernel<BFloat16, false>, p, shape);
 }
 
 int head_backward(const HeadBackwardParams& p, Dtype dtype, int blocks, bool overlap,
@@ -160,8 +196,13 @@ int head_backward(const HeadBackwardParams& p, Dtype dtype, int blocks, bool ove
     return kBadPointer;
   }
   const LaunchShape shape = {blocks, kThreads, kBackwardBytes, overlap, stream};
-  return dtype == Dtype::kFloat16 ? launch(head_backward_kernel<Float16>, p, shape)
-                                  : launch(head_backward_kernel<BFloat16>, p, shape);
+  const bool half = dtype == Dtype::kFloat16;
+  if (p.images <= blocks) {
+    return half ? launch(head_backward_kernel<Float16, true>, p, shape)
+                : launch(head_backward_kernel<BFloat16, true>, p, shape);
+  }
+  return half ? launch(head_backward_kernel<Float16, false>, p, shape)
+              : launch(head_backward_kernel<BFloat16, false>, p, shape);
 }
 
 }  // namespace cifar_resnet_fast
