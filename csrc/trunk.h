@@ -1,7 +1,8 @@
 // The kernels of the network's trunk as torch calls them: check, allocate, fill the params,
 // launch. cifar_resnet_fast/ops/_trunk/cuda.py calls them in order, the convolutions right behind
-// each other: a convolution may start before the kernel before it has ended, and only
-// stem_forward and stem_evaluate wait for whoever made the fragments.
+// each other: a convolution may start before the kernel before it has ended, and reads its
+// fragments before that. stem_forward, stem_evaluate and head_backward wait for the end of the
+// kernel before, which may have made or copied the fragments.
 // kernels/{conv3x3,stem,head,weights}.h say what each computes.
 #pragma once
 

@@ -45,7 +45,8 @@ SlabSum left_over(const Launch& launch, const OptionalTensor& slabs, const Optio
           layout};
 }
 
-// dz, dz_sums
+// dz, dz_sums. Not overlapped with the kernel before: a hook on saved tensors may have it copy the
+// fragments, which the next kernel reads before it waits.
 template <typename Launch>
 std::tuple<Tensor, Tensor> head_backward(Tensor dpooled, Tensor positive, Tensor y, Tensor saved,
                                          int64_t blocks) {
@@ -69,7 +70,7 @@ std::tuple<Tensor, Tensor> head_backward(Tensor dpooled, Tensor positive, Tensor
   p.dz_sums = new_floats(launch, dz_sums);
   p.images = images_of(y);
   launch.check(
-      ::cifar_resnet_fast::head_backward(p, dtype, check_blocks(blocks), true, launch.stream()));
+      ::cifar_resnet_fast::head_backward(p, dtype, check_blocks(blocks), false, launch.stream()));
   return {dz, dz_sums};
 }
 
@@ -90,8 +91,8 @@ BackwardResult backward(const char* name, const Tensor& dz, const Tensor& y, con
   if (residual.has_value()) check_stage("residual", *residual, K, y);
   check_fragments(fragments, K * C * 9, y);
   const int grid = check_blocks(blocks);
-  const int64_t rows = conv3x3_backward_rows(static_cast<int>(C), static_cast<int>(stride), grid,
-                                             images_of(y));
+  const int64_t rows =
+      conv3x3_backward_rows(static_cast<int>(C), static_cast<int>(stride), grid, images_of(y));
   const Tensor out = empty_stage(y, C), out_sums = empty_floats({rows, 2, C}, y);
   const Tensor slabs = empty_floats({rows, 9, C, K}, y);
   const Tensor dbn_weight = empty_floats({K}, y), dbn_bias = empty_floats({K}, y);

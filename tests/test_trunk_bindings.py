@@ -2,6 +2,7 @@
 
 import functools
 
+import emulation
 import pytest
 import torch
 from test_trunk import Problem
@@ -86,6 +87,22 @@ WRONG = {
 
 def test_every_operation_is_called(calls):
     assert set(calls) == set(OPERATIONS)
+
+
+def test_who_waits_for_new_fragments(calls, device):
+    """A kernel reads its fragments before it waits for the kernel before it.
+
+    So the first kernel of a pass, behind what makes or copies fragments, is not overlapped.
+    """
+    if device.type == "cuda":
+        pytest.skip("the emulation says how a kernel was launched")
+    waits = set()
+    for name, (func, args) in calls.items():
+        func(*args)
+        if not emulation.load().library.emulated_last_overlapped():
+            waits.add(name)
+    makes = {"prepare_weights", "fold_weights"}
+    assert waits == makes | {"stem_forward", "stem_evaluate", "head_backward"}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -157,6 +157,9 @@ const char* emulated_failure() {
 void emulated_order(int order) {
   set_order(static_cast<Order>(order));
 }
+int emulated_last_overlapped() {
+  return last_overlapped();
+}
 void emulated_allow(const void* start, size_t bytes, int writable) {
   allow(start, bytes, writable != 0);
 }

@@ -94,6 +94,7 @@ std::vector<Word> words;  // of shared
 const std::function<void()>* kernel;
 Lane* current;
 int block, blocks, last_warp;
+bool overlapped;
 jmp_buf scheduler;
 std::exception_ptr failure;
 
@@ -385,6 +386,10 @@ uint16_t float_to_half(float v) {
   return bits;
 }
 
+bool last_overlapped() {
+  return overlapped;
+}
+
 int run_blocks(const LaunchShape& shape, const std::function<void()>& body) {
   static std::vector<std::unique_ptr<char[]>> stacks;
   while (static_cast<int>(stacks.size()) < shape.threads) {
@@ -395,6 +400,7 @@ int run_blocks(const LaunchShape& shape, const std::function<void()>& body) {
   }
   kernel = &body;
   blocks = shape.blocks;
+  overlapped = shape.overlap;
   for (Range& range : ranges) std::fill(range.touched.begin(), range.touched.end(), 0);
   for (block = 0; block < shape.blocks; ++block) {
     shared.assign(shape.shared_bytes, kPoison);

@@ -86,6 +86,8 @@ struct LaunchShape {
   bool overlap;
   void* stream;
 };
+// whether the last kernel was launched to start while the one before it ran
+bool last_overlapped();
 // 0; throws what the checks above find
 int run_blocks(const LaunchShape& shape, const std::function<void()>& kernel);
 
