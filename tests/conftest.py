@@ -16,6 +16,14 @@ from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+# What a GPU changes behind the tests' back, undone once. By default cuDNN takes float32 in TF32,
+# with 10 bits of mantissa, and may choose kernels whose sums differ from run to run; and cuBLAS
+# refuses deterministic sums (see poisoned_memory) without a workspace of fixed size.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA is first used
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
@@ -87,6 +95,28 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a test marked own_process by a pytest of its own.
+
+    A capture that fails poisons torch 2.11's CUDA generator for all that draws from it later.
+    """
+    alone = "PYTEST_OWN_PROCESS"
+    if pyfuncitem.get_closest_marker("own_process") is None or alone in os.environ:
+        return None
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", pyfuncitem.config.rootpath]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, pyfuncitem.nodeid],
+        cwd=pyfuncitem.config.rootpath,
+        env={**os.environ, alone: "1"},
+        capture_output=True,
+        text=True,
+    )
+    if ended.returncode:
+        pytest.fail(f"in a process of its own:\n{ended.stdout}{ended.stderr}", pytrace=False)
+    return True
 
 
 @pytest.fixture

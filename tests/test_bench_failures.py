@@ -140,6 +140,7 @@ def test_a_step_that_no_graph_can_hold_is_a_row(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.own_process
 def test_a_capture_that_fails_leaves_a_gpu_that_measures(tmp_path, monkeypatch):
     """The first case asks for a value in its capture; the second has its times from graphs."""
     first, second = (case for case in CASES if case.operation == "shortcut_a")

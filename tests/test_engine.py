@@ -65,6 +65,10 @@ def assert_same(ours, theirs):
         assert torch.equal(ours[name], theirs[name]), name
 
 
+def capture_on(device):
+    return CudaGraphs() if device.type == "cuda" else Rehearsal()
+
+
 VARIANTS = {
     "plain": {},
     "everything": {
@@ -112,39 +116,43 @@ def test_replayed_steps_are_the_eager_ones(variant, monkeypatch):
     assert rehearsal.replays == EPOCHS * (STEPS + 4), "13 pictures are evaluated in 4 batches"
 
 
-def test_triton_kernels_are_replayed(monkeypatch):
-    """The batch and the update by kernels, in the interpreter; the layers in plain PyTorch."""
-    usual, _ = train(make_engine(loader={"cutout": 8}), 2)
-    for module in ("_load_batch", "_sgd", "_record_step"):
-        module = sys.modules[f"cifar_resnet_fast.ops.{module}"]
-        monkeypatch.setattr(module, "choose", lambda *_: "triton")
-    monkeypatch.setattr(
-        sys.modules["cifar_resnet_fast.ops._linear_cross_entropy"], "_choose", lambda *_: "triton"
-    )
-    monkeypatch.setattr("cifar_resnet_fast.kernels.sgd.BLOCK", 32768)  # programs are slow here
-    engine = make_engine(loader={"cutout": 8})
-    assert engine.capture(Rehearsal()) is None
+def test_triton_kernels_are_replayed(device, monkeypatch):
+    """The batch and the update by kernels, interpreted or on a GPU; the layers in PyTorch."""
+    settings = {"loader": {"cutout": 8}, "implementation": "reference"}
+
+    def chosen(implementation):
+        for module in ("_load_batch", "_sgd", "_record_step"):
+            module = sys.modules[f"cifar_resnet_fast.ops.{module}"]
+            monkeypatch.setattr(module, "choose", lambda *_: implementation)
+        loss = sys.modules["cifar_resnet_fast.ops._linear_cross_entropy"]
+        monkeypatch.setattr(loss, "_choose", lambda *_: implementation)
+
+    chosen("reference")
+    usual, _ = train(make_engine(device, **settings), 2)
+    chosen("triton")
+    if device.type == "cpu":  # where each interpreted program is slow, whatever its size
+        monkeypatch.setattr("cifar_resnet_fast.kernels.sgd.BLOCK", 32768)
+    engine = make_engine(device, **settings)
+    assert engine.capture(capture_on(device)) is None
     states, _ = train(engine, 2)
     for ours, theirs in zip(states, usual, strict=True):
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_the_trunk_is_replayed(kernels_run):
+def test_the_trunk_is_replayed(kernels_run, device):
     """The CUDA kernels of the network's body, in the emulation, behind the bindings of a GPU."""
     kernels_run("cuda")
     settings = {"dtype": torch.float16, "loss_scale": 128.0, "implementation": "cuda"}
-    on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    eager, captured = make_engine(on, **settings), make_engine(on, **settings)
-    capture = CudaGraphs() if on.type == "cuda" else Rehearsal()
-    assert captured.capture(capture) is None
+    eager, captured = make_engine(device, **settings), make_engine(device, **settings)
+    assert captured.capture(capture_on(device)) is None
     states, scores = train(eager, STEPS)
     replayed, replayed_scores = train(captured, STEPS)
     for ours, theirs in zip(replayed, states, strict=True):
         assert_same(ours, theirs)
     assert replayed_scores == scores
     assert int(eager.optimizer.skipped) == 0
-    usual, _ = train(make_engine(on, **settings | {"implementation": "reference"}), STEPS)
+    usual, _ = train(make_engine(device, **settings | {"implementation": "reference"}), STEPS)
     loss = [state[".metrics"][0, STEPS - 1] for state in (states[-1], usual[-1])]
     torch.testing.assert_close(*loss, rtol=1e-2, atol=1e-2)
 
@@ -302,16 +310,7 @@ def test_readback_keeps_what_was_asked_for():
 # --- on a GPU ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def same_bits():
-    """Without it cuDNN may choose kernels whose sums differ from run to run."""
-    torch.backends.cudnn.deterministic = True
-    yield
-    torch.backends.cudnn.deterministic = False
-
-
 @pytest.mark.gpu
-@pytest.mark.usefixtures("same_bits")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cuda_graph_steps_are_the_eager_ones(variant, device):
     eager = make_engine(device, **VARIANTS[variant])
@@ -327,6 +326,7 @@ def test_cuda_graph_steps_are_the_eager_ones(variant, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.own_process
 def test_cuda_graph_refuses_and_the_steps_go_on(device):
     engine = make_engine(device)
     engine.model.__class__ = AsksTheDevice

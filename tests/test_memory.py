@@ -75,9 +75,10 @@ def test_device_memory_that_runs_out_says_what_fits(tmp_path, monkeypatch, capsy
 
 @pytest.mark.gpu
 def test_gpu_memory_that_runs_out_says_what_fits(tmp_path, capsys):
-    arguments = "--dataset shapes --limit 200000 --depth 110 --batch-size 200000 --out".split()
+    # 6 MiB an image, 290 GiB in all; the drawn shapes have so many images
+    arguments = "--dataset shapes --depth 218 --batch-size 50000 --out".split()
     assert main([*arguments, str(tmp_path / "run")]) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith("error: --batch-size must fit into the GPU's memory, got 200000: ")
+    assert shown.startswith("error: --batch-size must fit into the GPU's memory, got 50000: ")
     assert "GiB are missing; at most " in shown
     assert not (tmp_path / "run").exists()

@@ -129,7 +129,9 @@ def test_profile_is_free_on_resume(tmp_path, monkeypatch, capsys):
 
 def test_checkpoint_loads_as_a_network_and_scores_what_was_logged(finished, capsys):
     load_checkpoint(FastResNet(8), finished / "checkpoint.pt")
-    assert main(["--eval", str(finished / "checkpoint.pt"), "--limit", "64"]) == 0
+    # on the CPU, where it was trained: a GPU would evaluate in fp16
+    arguments = ["--eval", str(finished / "checkpoint.pt"), "--limit", "64", "--device", "cpu"]
+    assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert f"test accuracy {100 * metrics(finished)[-1]['test_accuracy']:.2f} %" in shown
     assert f"loss {metrics(finished)[-1]['test_loss']:.4f}" in shown
