@@ -3,6 +3,8 @@
 A residual block between two others, forward and backward, against float64 and eager autograd.
 """
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,3 +186,42 @@ def test_residual_block(fused, sizes, dtype, device, monkeypatch):
     assert set(ours) == set(eager) - {"draw", "dshortcut"}
     for name in ours:
         assert_within_budget(name, ours[name], eager[name], exact[name], own_exact[name])
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_launch_is_on_the_tensors_device(current, monkeypatch):
+    """Triton launches on the current device: tensors on another one make that the current one."""
+    entered, launched = [], []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        entered.append(chosen)
+        yield
+        entered.append("left")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: launched.append((grid, list(entered)))
+
+    class OnTheSecond(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    launch.launch(Kernel(), (3,), count=2, x=torch.ones(1).as_subclass(OnTheSecond))
+    within = [] if current == 1 else [torch.device("cuda", 1)]
+    assert launched == [((3,), within)]
+    assert entered == (within and [*within, "left"])
+
+
+@pytest.mark.gpu
+def test_a_second_gpu_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    made = []
+    for device in ("cuda:0", "cuda:1"):
+        block = Block(2, 16, 16, 13, 11, 1, torch.float16, torch.device(device))
+        made.append(block.kernels()[0])
+        assert torch.cuda.current_device() == 0
+    for name, value in made[0].items():
+        assert torch.equal(value.cpu(), made[1][name].cpu()), name

@@ -124,5 +124,14 @@ def pixel_programs(chosen: Config, pixels: int, others: int, device: torch.devic
 
 
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
-    """Start ``kernel`` on the current stream; every launch of the package goes through here."""
-    kernel[grid](**arguments)
+    """Start ``kernel`` on its tensors' device, on the current stream there.
+
+    Every launch of the package goes through here. Triton itself takes the current device, on which
+    the tensors need not be.
+    """
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](**arguments)
+    else:
+        kernel[grid](**arguments)
