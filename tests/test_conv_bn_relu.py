@@ -293,6 +293,17 @@ def test_any_strides(relu, device):
     assert made["dweight"].stride() == weight.stride()
 
 
+@guarded
+def test_activations_that_come_back_in_another_layout(device):
+    """As from ``save_on_cpu(pin_memory=True)``, which does not keep strides."""
+    inputs, da = make_inputs(CASES["into-a-stage-from-odd-sizes"], torch.float32, device)
+    expected = run(triton, inputs, da, stride=2)
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda t: t):
+        made = run(triton, inputs, da, stride=2)
+    for name in expected:
+        assert torch.equal(made[name], expected[name]), name
+
+
 def test_gradient_of_a_broadcast_sum(device):
     """The gradient that arrives from a sum has strides 0."""
     inputs, da = make_inputs(CASES["stem"], torch.float32, device)

@@ -33,6 +33,7 @@ FLOORS = {
     "kernels.record_step": 0.2,
     "processes": 0.5,
     "ops._checks": 1,
+    "ops._saved": 1,
     "ops._extension": 1,
     "ops._dispatch": 1.01,
     "ops._shortcut_a.cuda": 1.05,

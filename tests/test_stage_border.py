@@ -147,6 +147,16 @@ def test_runs_are_equal_bit_for_bit(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_activations_that_come_back_in_another_layout(device):
+    """As from ``save_on_cpu(pin_memory=True)``, which does not keep strides."""
+    tensors = arguments(2, 16, 6, 5, 32, 2, torch.float16, device)
+    expected = run(ops.stage_border, tensors, 2, implementation="cuda")[1]
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda t: t):
+        made = run(ops.stage_border, tensors, 2, implementation="cuda")[1]
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_used_twice_and_only_once_differentiable(device):
     *inputs, _ = arguments(2, 16, 4, 4, 32, 2, device=device)
     inputs = [tensor.requires_grad_() for tensor in inputs]

@@ -270,6 +270,27 @@ def test_autograd(implementation, dtype, depth, N, kernels_run, device):
     assert torch.equal(units[0].running_mean, expected["running_mean 0"])
 
 
+OFFLOADED = [SHORT[0], pytest.param("triton", half, 8, 2, id="triton")]
+
+
+@pytest.mark.parametrize(("implementation", "dtype", "depth", "N"), OFFLOADED)
+def test_activations_that_come_back_in_another_layout(
+    implementation, dtype, depth, N, kernels_run, device
+):
+    """As from ``save_on_cpu(pin_memory=True)``, which does not keep strides."""
+    kernels_run(implementation)
+    problem = Problem(depth, N, dtype, device)
+    expected, _ = problem.kernels(implementation)
+    units = problem.copies()
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda t: t):
+        pooled = ops.trunk(problem.pictures, units, training=True, implementation=implementation)
+    pooled.backward(problem.dpooled)
+    for name, value in results(pooled, units).items():
+        assert torch.equal(value, expected[name]), name
+    for unit in units:
+        assert unit.weight.grad.stride() == unit.weight.stride()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "three-channels-last", "wider-strides"])
 def test_pictures_of_any_layout(layout, kernels_run, device):
     kernels_run("cuda")

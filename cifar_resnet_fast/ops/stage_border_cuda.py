@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast.ops._extension import WHY_NOT_LOADED
+from cifar_resnet_fast.ops._saved import save, saved
 from cifar_resnet_fast.ops._shortcut_a.cuda import empty_channels_last
 
 
@@ -25,15 +26,15 @@ def _register() -> None:
             empty_channels_last((dout.shape[0], channels, height, width), dout),  # dx
         )
 
-    def save(ctx, inputs, output):
+    def setup(ctx, inputs, output):
         y, scale, _, x, ctx.stride = inputs
-        ctx.save_for_backward(output, y, scale)
+        save(ctx, output, y, scale)
         ctx.x_sizes = x.shape[1:]
 
     def backward(ctx, dout):
         dout = dout.contiguous(memory_format=torch.channels_last)
         dy, dscale, dshift, dx = torch.ops.cifar_resnet_fast.stage_border_backward(
-            dout, *ctx.saved_tensors, *ctx.x_sizes, ctx.stride
+            dout, *saved(ctx), *ctx.x_sizes, ctx.stride
         )
         return (
             dy,
@@ -47,7 +48,7 @@ def _register() -> None:
         raise NotImplementedError("stage_border can be differentiated once, not twice")
 
     torch.library.register_autograd(
-        "cifar_resnet_fast::stage_border", backward, setup_context=save
+        "cifar_resnet_fast::stage_border", backward, setup_context=setup
     )
     torch.library.register_autograd(
         "cifar_resnet_fast::stage_border_backward", backward_of_backward

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from cifar_resnet_fast.kernels import bn
 from cifar_resnet_fast.kernels.conv3x3_bwd import conv3x3_bwd
 from cifar_resnet_fast.kernels.conv3x3_fwd import conv3x3_fwd
+from cifar_resnet_fast.ops._saved import save, saved
 
 
 def conv_bn_relu_fwd(
@@ -193,7 +194,7 @@ class _ConvBNReLU(torch.autograd.Function):
             eps,
         )
         mask = a if relu and shortcut is not None else None
-        ctx.save_for_backward(x, packed, y, affine, mask)
+        save(ctx, x, packed, y, affine, mask)
         ctx.settings = (stride, relu, training)
         ctx.weight_layout = (weight.dtype, not weight.is_contiguous())
         ctx.bn_dtype = bn_weight.dtype
@@ -202,7 +203,7 @@ class _ConvBNReLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, da):
-        x, packed, y, affine, mask = ctx.saved_tensors
+        x, packed, y, affine, mask = saved(ctx)
         _, relu, _ = ctx.settings
         dx, dweight, dbn_weight, dbn_bias, _, _, dshortcut, *_ = ctx.needs_input_grad
         da = da.contiguous(memory_format=torch.channels_last)

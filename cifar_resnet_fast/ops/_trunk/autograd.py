@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cifar_resnet_fast.ops._saved import save, saved
 from cifar_resnet_fast.ops._shortcut_a.cuda import empty_channels_last
 from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
 from cifar_resnet_fast.ops._trunk import schedule
@@ -98,9 +99,9 @@ def trunk_bwd(
     bn_biases."""
     nothing = [None] * len(weights)  # the backward pass reads no more of a unit
     units = _units(weights, bn_weights, *[nothing] * 5)
-    saved = Kept.of(kept, len(units))
-    kernels = kernels_of(implementation).Kernels(units, pictures, saved, places)
-    schedule.backward(kernels, dpooled, pictures, saved)
+    tensors = Kept.of(kept, len(units))
+    kernels = kernels_of(implementation).Kernels(units, pictures, tensors, places)
+    schedule.backward(kernels, dpooled, pictures, tensors)
     return [gradient for column in zip(*kernels.gradients, strict=True) for gradient in column]
 
 
@@ -209,15 +210,15 @@ class _Trunk(torch.autograd.Function):
         pooled, *kept = run(implementation, pictures, *columns, momenta, eps, True)
         weights, bn_weights = columns[:2]
         ctx.implementation, ctx.count, ctx.places = implementation, count, places
-        ctx.save_for_backward(pictures, *weights, *bn_weights, *kept)
+        save(ctx, pictures, *weights, *bn_weights, *kept)
         return pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dpooled):
         count = ctx.count
-        pictures, *saved = ctx.saved_tensors
-        weights, bn_weights, kept = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        pictures, *rest = saved(ctx)
+        weights, bn_weights, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
         arguments = (ctx.implementation, dpooled, pictures, kept, weights, bn_weights)
         if torch.compiler.is_compiling():
             gradients = _backward_op(*arguments)
