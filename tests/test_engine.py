@@ -79,6 +79,13 @@ VARIANTS = {
         "ema": 0.9,
         "loader": {"cutout": 8},
     },
+    "recipe": {
+        "nesterov": True,
+        "ema": 0.9,
+        "ema_start": 2,
+        "mirrored": True,
+        "loader": {"flip": "alternating"},
+    },
     "bf16": {"dtype": torch.bfloat16},
     "window": {"loader": {"resident": False}},
 }
@@ -284,6 +291,43 @@ def test_evaluation_is_the_models():
         right = torch.nn.functional.cross_entropy(logits, labels).item()
         assert loss == pytest.approx(right, rel=1e-6)
         assert accuracy == (logits.argmax(1) == labels).sum().item() / 13
+
+
+def test_average_starts_as_a_copy():
+    engine = make_engine(ema=0.9, ema_start=2)
+    flats = engine._averaged.flats
+    for step in range(STEPS * EPOCHS):
+        before = [flat.clone() for flat in flats]
+        engine.train_step()
+        for average, source, last in zip(flats, engine._flats, before, strict=True):
+            if step > 2 and average.is_floating_point():
+                source = torch.lerp(last, source, torch.tensor(0.1))
+                torch.testing.assert_close(average, source, rtol=1e-6, atol=1e-7)
+            else:
+                assert torch.equal(average, source), step
+
+
+def test_mirror_images_are_scored_too():
+    engine = make_engine(mirrored=True)
+    train(engine, 2)
+    loader, model = engine._evaluator._loader, engine.model
+    loss, accuracy, both = evaluate(engine)
+    assert (loss, accuracy) == evaluate(make_engine_at(engine))
+    model.eval()
+    hits = 0
+    for step in range(4):
+        images, labels = loader.batch(torch.tensor(step))
+        with torch.no_grad():
+            logits = model(images) + model(images.flip(3))
+        hits += (logits.argmax(1) == labels).sum().item()
+    assert both == hits / 13
+
+
+def make_engine_at(engine):
+    """Another one in the same state, which scores no mirror images."""
+    other = make_engine()
+    other.load_state_dict(engine.state_dict())
+    return other
 
 
 def test_modules_stay_on_the_flat_buffers():

@@ -65,6 +65,33 @@ def test_seeds_and_epochs_differ():
     assert not torch.equal(orders[0], orders[2])
 
 
+@pytest.mark.parametrize("size", [1, 7, 2000])
+def test_alternating_flips(size):
+    """Two epochs in succession have each image once as it is and once mirrored."""
+    mirrored = []
+    for epoch in range(4):
+        draws = draw_epoch(5, epoch, size, "alternating")
+        usual = draw_epoch(5, epoch, size)
+        for name in ("order", "dy", "dx", "cy", "cx"):
+            assert torch.equal(getattr(draws, name), getattr(usual, name)), name
+        of_image = torch.empty(size, dtype=torch.bool)
+        of_image[draws.order] = draws.flip
+        mirrored.append(of_image)
+    assert torch.equal(mirrored[0], ~mirrored[1])
+    assert torch.equal(mirrored[0], mirrored[2])
+    assert torch.equal(mirrored[1], mirrored[3])
+
+
+def test_alternating_flips_never_change_and_are_uniform():
+    draws = draw_epoch(seed=3, epoch=7, size=6, flip="alternating")
+    assert draws.flip.tolist() == [True, False, True, True, True, True]
+    flips = [draw_epoch(seed, 0, 90_000, "alternating") for seed in (0, 1)]
+    first, second = (d.flip[d.order.argsort()] for d in flips)
+    # binomial with deviation 150; so is the number of images that two seeds treat alike
+    assert abs(first.sum().item() - 45_000) < 5 * 150
+    assert abs((first == second).sum().item() - 45_000) < 5 * 150
+
+
 # --- one batch: the operation --------------------------------------------------------------------
 
 
@@ -173,10 +200,10 @@ def test_any_batch_can_be_made_again():
         assert len(seen.unique()) == 48, "the two pictures left over are dropped"
 
 
-@pytest.mark.parametrize("cutout", [0, 8])
-def test_batches_are_the_references(cutout):
-    loader = make_loader(cutout=cutout)
-    draws = draw_epoch(seed=1, epoch=2, size=50)
+@pytest.mark.parametrize(("cutout", "flip"), [(0, "random"), (8, "random"), (0, "alternating")])
+def test_batches_are_the_references(cutout, flip):
+    loader = make_loader(cutout=cutout, flip=flip)
+    draws = draw_epoch(1, 2, 50, flip)
     for place in range(6):
         images, labels = batch_of(loader, 12 + place, seed=1)
         part = slice(8 * place, 8 * place + 8)

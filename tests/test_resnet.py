@@ -164,3 +164,16 @@ def test_wrong_checkpoints_are_named_and_change_nothing(tmp_path, change, messag
     assert "\n" not in str(error.value)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+def test_zero_init_last_makes_blocks_their_shortcuts():
+    networks = []
+    for zero in (False, True):
+        torch.manual_seed(0)
+        networks.append(FastResNet(14, zero_init_last=zero))
+    usual, zero = (network.state_dict() for network in networks)
+    changed = {name for name in usual if not torch.equal(usual[name], zero[name])}
+    assert changed == {f"layer{s}.{b}.bn2.weight" for s in (1, 2, 3) for b in (0, 1)}
+    assert all(not zero[name].any() for name in changed)
+    x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)).relu()
+    assert torch.equal(networks[1].layer1(x), x)

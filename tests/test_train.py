@@ -13,7 +13,9 @@ from rehearsal import Rehearsal
 
 from cifar_resnet_fast import FastResNet, load_checkpoint
 from cifar_resnet_fast.train import main
+from cifar_resnet_fast.training.config import TrainConfig
 from cifar_resnet_fast.training.engine import Engine
+from cifar_resnet_fast.training.recipes import RECIPES
 
 # ResNet-8 on 64 drawn pictures: 4 steps an epoch, well under a second
 TINY = (
@@ -201,6 +203,9 @@ SETTINGS = {
     "bf16": ["--dtype", "bf16"],
     "fp16": ["--dtype", "fp16"],
     "nesterov-cutout": ["--nesterov", "--decay-weights-only", "--cutout", "8"],
+    "fast": ["--recipe", "fast", "--ema-start", "1", "--evaluate-every", "2", "--tta", "flip"],
+    "best": ["--recipe", "best", "--evaluate-every", "3"],
+    "one-cycle": ["--schedule", "one-cycle", "--final-lr", "0.1"],
 }
 
 
@@ -216,6 +221,9 @@ SETTINGS = {
         ("bf16", [7]),
         ("fp16", [7]),
         ("nesterov-cutout", [7]),
+        ("fast", [6]),
+        ("best", [7]),
+        ("one-cycle", [5]),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
@@ -332,6 +340,48 @@ def test_several_runs_resume(tmp_path, monkeypatch):
     assert len(json.loads((out / "summary.json").read_text())["accuracies"]) == 2
 
 
+# --- recipes -------------------------------------------------------------------------------------
+
+
+def test_flags_change_a_recipe_and_config_json_records_it(tmp_path):
+    flags = ["--recipe", "fast", "--no-nesterov", "--ema-start", "1", "--epochs", "2"]
+    out = run(*flags, "--evaluate-every", "5", "--tta", "flip", out=tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    assert config["recipe"] == "fast"
+    given = {"nesterov": False, "ema_start": 1.0, "epochs": 2, "lr": 0.1, "warmup_epochs": 1.0}
+    for name, value in {**RECIPES["fast"], "batch_size": 16, **given}.items():
+        assert config[name] == value, name
+    first, last = metrics(out)
+    assert not any(name.startswith("test_") for name in first)
+    assert 0 <= last["test_accuracy"] <= 1
+    assert 0 <= last["test_accuracy_flip"] <= 1
+    assert (out / "curves.png").stat().st_size > 1000
+    steps, rates = 2 * STEPS, [first["lr"], last["lr"]]
+    fall = [0.95 * (step - STEPS) / STEPS for step in (STEPS, steps - 1)]
+    assert rates == pytest.approx([0.1 * (1 - fall[0]), 0.1 * (1 - fall[1])])
+
+
+def test_paper_is_the_defaults():
+    assert TrainConfig.of_recipe("paper") == TrainConfig()
+    with pytest.raises(ValueError, match="recipe must be one of paper, fast, best, got 'slow'"):
+        TrainConfig.of_recipe("slow")
+
+
+def test_config_of_before_there_were_recipes_loads(finished):
+    values = json.loads((finished / "config.json").read_text())
+    known = TrainConfig.from_dict(values)
+    new = "recipe schedule final_lr flip ema_start zero_init_last evaluate_every tta".split()
+    for name in new:
+        del values[name]
+    assert TrainConfig.from_dict(values) == known
+
+
+def test_mirror_images_of_a_checkpoint(finished, capsys):
+    flags = ["--eval", str(finished / "checkpoint.pt"), "--limit", "64", "--tta", "flip"]
+    assert main([*flags, "--device", "cpu"]) == 0
+    assert "% with mirror images), loss" in capsys.readouterr().out
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -364,6 +414,17 @@ def bad_input(arguments, capsys):
         ("--dtype int8", "--dtype: invalid choice: 'int8'"),
         ("--loss-scale 0", "--loss-scale must be more than 0, got 0.0"),
         ("--nesterov --momentum 0", "--nesterov must be off where momentum is 0"),
+        ("--recipe slow", "--recipe: invalid choice: 'slow'"),
+        ("--schedule up", "--schedule: invalid choice: 'up'"),
+        ("--final-lr 0.1", "--final-lr must be left out with schedule step, got 0.1"),
+        ("--schedule linear --final-lr 2", "--final-lr must be a share of the peak, 0 .. 1"),
+        (
+            "--schedule cosine --warmup-epochs 3",
+            "--warmup-epochs must be less than the 3 epochs with schedule cosine, got 3.0",
+        ),
+        ("--ema-start 1", "--ema-start must be less than the 3 epochs, and left out without ema"),
+        ("--ema 0.9 --ema-start 3", "--ema-start must be less than the 3 epochs"),
+        ("--evaluate-every 0", "--evaluate-every must be at least 1, got 0"),
         ("--cutout -1", "--cutout must be 0 or more, got -1"),
         ("--seed -1", "--seed must be in 0 .. 2**63 - 1, got -1"),
         ("--implementation cuda", "--implementation must be one that can run here, got cuda: "),
