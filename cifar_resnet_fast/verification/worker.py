@@ -54,7 +54,7 @@ def main(catalogue: str, device_name: str, pipe: str) -> None:
     with os.fdopen(int(pipe), "w", buffering=1) as answers:
         checks = {c.name: c for c in importlib.import_module(catalogue).catalogue(device)}
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device.index or 0)  # which takes no device without an index
             torch.cuda.synchronize(device)
         answers.write(json.dumps({"ready": True}) + "\n")
         for line in sys.stdin:
