@@ -4,6 +4,9 @@ Errors name the argument, the rule and the value. TypeError for what is not of t
 (tensor, dtype), ValueError for the rest. csrc/checks.h has the same rules in the same words.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -115,3 +118,22 @@ def check_number(name: str, value: float) -> None:
     """``value`` is a number; TypeError where not."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """The ``backward`` of an operation that has no second derivatives; says so if they are wanted.
+
+    PyTorch's own decorator lets a gradient that depends on saved tensors alone pass as a constant.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx, *gradients):
+        # the gradients have a graph of their own only under create_graph=True
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the fused kernels have no second derivatives, which create_graph=True asks for; "
+                "implementation 'reference' has them"
+            )
+        return backward(ctx, *gradients)
+
+    return checked

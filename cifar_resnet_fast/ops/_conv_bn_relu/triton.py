@@ -13,11 +13,11 @@ anyway). Without a shortcut the mask is made from y.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cifar_resnet_fast.kernels import bn
 from cifar_resnet_fast.kernels.conv3x3_bwd import conv3x3_bwd
 from cifar_resnet_fast.kernels.conv3x3_fwd import conv3x3_fwd
+from cifar_resnet_fast.ops._checks import once_differentiable
 from cifar_resnet_fast.ops._saved import save, saved
 
 

@@ -5,9 +5,9 @@ Twin: ``reference.shortcut_a``. Arguments have been checked.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cifar_resnet_fast.kernels.shortcut_a import shortcut_a_bwd, shortcut_a_fwd
+from cifar_resnet_fast.ops._checks import once_differentiable
 
 # torch.compile sees these as opaque operations; called plainly they would cost more host time
 _forward_op = torch.library.custom_op(

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from cifar_resnet_fast.ops._checks import once_differentiable
 from cifar_resnet_fast.ops._saved import save, saved
 from cifar_resnet_fast.ops._shortcut_a.cuda import empty_channels_last
 from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
