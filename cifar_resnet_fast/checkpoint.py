@@ -9,6 +9,7 @@ claims to hold against its size before memory is taken.
 import io
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -65,10 +66,18 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} must be a file, found none there")
     try:
+        _check_beginning(path)
         if zipfile.is_zipfile(path):
             _check_unpacked_size(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        met = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if met:
+            raise ValueError(
+                f"checkpoint {path} must hold tensors and plain values only, it holds a {met[1]}; "
+                f"if you trust it, read it with torch.load(..., weights_only=False) and save its "
+                f"state_dict anew"
+            ) from None
         raise ValueError(
             f"checkpoint {path} must hold tensors and plain values only, and be whole; "
             f"it is damaged, or not a checkpoint, or holds other Python objects"
@@ -81,6 +90,16 @@ def read_checkpoint(path: str | Path) -> dict:
             f"checkpoint {path} must hold a dictionary, got a {type(content).__name__}"
         )
     return content
+
+
+def _check_beginning(path: Path) -> None:
+    """What is often found in the place of a checkpoint is told by its first bytes."""
+    with open(path, "rb") as file:
+        beginning = file.read(64).lstrip().lower()
+    if beginning.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a Git LFS pointer; git lfs pull fetches the file itself")
+    if beginning.startswith((b"<!doctype html", b"<html")):
+        raise ValueError("it is an HTML page, not the file that was to be downloaded")
 
 
 def _check_unpacked_size(path: Path) -> None:

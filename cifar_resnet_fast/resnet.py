@@ -3,14 +3,15 @@
 Source: He et al. 2015, "Deep Residual Learning for Image Recognition", section 4.2.
 """
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.checkpoint import read_checkpoint
 from cifar_resnet_fast.modules import (
     BasicBlock,
     apply_unit,
@@ -20,6 +21,16 @@ from cifar_resnet_fast.modules import (
     why_bn_called,
     why_called,
     why_conv_called,
+)
+from cifar_resnet_fast.pretrained import (
+    NETWORK,
+    WEIGHTS,
+    check_fits,
+    find_weights,
+    read_state,
+    read_weights,
+    take,
+    write_weights,
 )
 
 STAGE_CHANNELS = (16, 32, 64)
@@ -79,6 +90,7 @@ class FastResNet(nn.Module):
         self.num_classes = num_classes
         self.shortcut = shortcut
         self.width = width
+        self.card: dict[str, Any] = {}  # what is known about trained weights
 
         blocks = (depth - 2) // 6
         channels = [width * count for count in STAGE_CHANNELS]
@@ -220,6 +232,66 @@ class FastResNet(nn.Module):
                     f"x must be on the model's device {stem.weight.device}, got {x.device}"
                 )
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, implementation: str = "auto") -> "FastResNet":
+        """A trained network, in evaluation; what is known about it is in its ``card``.
+
+        Args:
+            name: one of ``models()``, OWNER/NAME on the Hugging Face hub, a folder by
+                ``save_pretrained``, a run's folder, or a file that ``load_checkpoint`` takes
+            implementation: as ``FastResNet`` takes it
+
+        Raises:
+            FileNotFoundError, OSError, ValueError: as ``pretrained.find_weights`` and
+                ``pretrained.read_weights``
+        """
+        path = find_weights(name)
+        weights = read_weights(path)
+        model = cls(implementation=implementation, **weights.network)
+        expected = model.state_dict()
+        check_fits(path, weights.state, expected)
+        take(weights.state, expected)
+        model.card = dict(weights.card)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, **card: Any) -> None:
+        """Write ``model.safetensors`` and ``config.json`` for ``from_pretrained``.
+
+        Args:
+            folder: made if it is not there
+            card: plain values to say about the network beside what ``self.card`` says: mean, std,
+                class_names, dataset, accuracy, training
+
+        Raises:
+            OSError: a file cannot be written
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        network = {name: getattr(self, name) for name in NETWORK}
+        write_weights(folder / WEIGHTS, self.state_dict(), {**network, **self.card, **card})
+
+    def push_to_hub(self, repository: str, *, private: bool = False, **card: Any) -> str:
+        """Upload what ``save_pretrained`` writes to the Hugging Face hub, under one's own token.
+
+        Args:
+            repository: OWNER/NAME; made if it is not there
+            private: of a new repository
+            card: as ``save_pretrained``
+
+        Returns:
+            where the commit is to be seen
+
+        Raises:
+            ImportError: the package huggingface_hub is not installed
+        """
+        from huggingface_hub import HfApi
+
+        hub = HfApi()
+        hub.create_repo(repository, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **card)
+            return str(hub.upload_folder(repo_id=repository, folder_path=folder))
+
     def extra_repr(self) -> str:
         more = f", shortcut={self.shortcut!r}" if self.shortcut != "A" else ""
         more += f", width={self.width}" if self.width != 1 else ""
@@ -235,83 +307,34 @@ def check_depth(depth: int) -> None:
         )
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], int, int]:
-    """The weights in a checkpoint, and the network they are of.
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load the weights in a file into ``model``, all of them or none.
 
     Args:
-        path: a file by ``torch.save`` that holds the weights as they are or under ``state_dict``,
-            their keys perhaps prefixed ``module.`` (by DataParallel) or ``_orig_mod.`` (by
-            torch.compile)
-
-    Returns:
-        state_dict: with the plain keys of ``FastResNet``
-        depth: of the network
-        num_classes: of its last layer
-
-    Raises:
-        FileNotFoundError, ValueError: as ``read_checkpoint``; or the file holds no option-A
-            ResNet of this family
-    """
-    content = read_checkpoint(path)
-    state = content.get("state_dict", content)
-    if not isinstance(state, dict):
-        raise ValueError(f"checkpoint {path}: state_dict must be a dictionary of tensors")
-    weights = {
-        str(key).removeprefix("module.").removeprefix("_orig_mod."): value
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
-    blocks = sum(key.startswith("layer1.") and key.endswith(".conv1.weight") for key in weights)
-    linear = weights.get("linear.weight")
-    if blocks == 0 or linear is None or linear.dim() != 2:
-        raise ValueError(
-            f"checkpoint {path} must hold a ResNet-6n+2 with keys conv1, layer1.0.conv1, ..., "
-            f"linear; got keys {', '.join(list(weights)[:3]) or 'none'}, ..."
-        )
-    return weights, 6 * blocks + 2, linear.shape[0]
-
-
-def load_checkpoint(model: FastResNet, path: str | Path) -> None:
-    """Load the weights in a checkpoint file into ``model``, all of them or none.
-
-    Args:
-        model: of the same depth and number of classes; torch.compile, DataParallel or
+        model: a ``FastResNet``, changed or not; torch.compile, DataParallel or
             DistributedDataParallel may wrap it
-        path: as for ``read_weights``
+        path: as for ``pretrained.read_state``
 
     Raises:
-        FileNotFoundError, ValueError: as ``read_weights``; or depth, number of classes, a key or
-            a shape differ from the model's. The model is then as it was.
+        FileNotFoundError, ValueError: as ``pretrained.read_weights``; or depth, number of classes,
+            shortcut, width, a key, a shape or the kind of a dtype differ from the model's. The
+            model is then as it was.
     """
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
         model, "_orig_mod"
     ):
         model = getattr(model, "_orig_mod", None) or model.module
-    weights, depth, num_classes = read_weights(path)
-    for name, ours, theirs in (
-        ("depth", model.depth, depth),
-        ("num_classes", model.num_classes, num_classes),
-    ):
-        if ours != theirs:
-            raise ValueError(
-                f"checkpoint {path} must have the model's {name} {ours}, got {theirs}"
-            )
+    state, _ = read_state(path)
     expected = model.state_dict()
-    # files from before PyTorch 0.4.1 do not count the batches
-    counters = {key for key in expected if key.endswith("num_batches_tracked")}
-    missing = expected.keys() - weights.keys() - counters
-    unknown = weights.keys() - expected.keys()
-    if missing or unknown:
-        what, key = ("lacks", min(missing)) if missing else ("has an unknown", min(unknown))
-        raise ValueError(
-            f"checkpoint {path} must have the keys of ResNet-{depth}: it {what} {key}"
-        )
-    for key, value in weights.items():
-        if value.shape != expected[key].shape:
-            raise ValueError(
-                f"checkpoint {path}: {key} must have shape {tuple(expected[key].shape)}, "
-                f"got {tuple(value.shape)}"
-            )
-    with torch.no_grad():
-        for key, value in weights.items():
-            expected[key].copy_(value)
+    try:
+        check_fits(path, state, expected)
+    except ValueError:
+        # if it is of another network, that is the reason, not one of its keys
+        for name, theirs in read_weights(path).network.items():
+            if getattr(model, name) != theirs:
+                raise ValueError(
+                    f"checkpoint {path} must have the model's {name} {getattr(model, name)}, "
+                    f"got {theirs}"
+                ) from None
+        raise
+    take(state, expected)

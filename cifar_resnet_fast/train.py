@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.checkpoint import read_checkpoint
 from cifar_resnet_fast.data.datasets import find_dataset, load_dataset
 from cifar_resnet_fast.data.loader import Loader
+from cifar_resnet_fast.pretrained import find_weights, read_weights
 from cifar_resnet_fast.processes import Processes, ProcessLostError
-from cifar_resnet_fast.resnet import FastResNet, load_checkpoint, read_weights
+from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.config import TrainConfig, flag_of, parse_flags, with_flag_name
 from cifar_resnet_fast.training.engine import DTYPES, Evaluator
 from cifar_resnet_fast.training.memory import BatchTooLargeError
@@ -265,24 +265,23 @@ def _summarize(folder: Path, config: TrainConfig, accuracies: list[float]) -> No
 
 def _evaluate(config: TrainConfig, given: dict) -> int:
     """Score a checkpoint, this package's or a published one, on the test set."""
-    content = read_checkpoint(config.eval)
-    _, depth, num_classes = read_weights(config.eval)
-    if given.get("depth", depth) != depth:
+    weights = read_weights(find_weights(config.eval))
+    card = weights.card
+    if given.get("depth", weights.depth) != weights.depth:
         raise ValueError(
-            f"depth must be left out or be the checkpoint's {depth}, got {config.depth}"
+            f"depth must be left out or be the checkpoint's {weights.depth}, got {config.depth}"
         )
     name = config.dataset
     if name == "auto":
-        trained = content.get("config")  # a published checkpoint has none
-        name = trained.get("dataset", "cifar10") if isinstance(trained, dict) else "cifar10"
+        name = card.get("dataset") or "cifar10"  # a published checkpoint has none
     dataset = load_dataset(str(name), config.data_root, config.limit)
-    if len(dataset.classes) != num_classes:
+    if len(dataset.classes) != weights.num_classes:
         raise ValueError(
-            f"dataset must have the checkpoint's {num_classes} classes, "
+            f"dataset must have the checkpoint's {weights.num_classes} classes, "
             f"{dataset.name} has {len(dataset.classes)}"
         )
-    if "mean" in content and "normalization" not in given:
-        mean, std = (_three_numbers(content, key, config.eval) for key in ("mean", "std"))
+    if "mean" in card and "normalization" not in given:
+        mean, std = (_three_numbers(card, key, config.eval) for key in ("mean", "std"))
     elif config.normalization == "imagenet":
         mean, std = IMAGENET_STATISTICS
     else:
@@ -292,8 +291,7 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
         raise ValueError(f"eval must be run by one process, not by {processes.count}")
     device = processes.device
     _verify_kernels(config, processes)
-    model = FastResNet(depth, num_classes, config.implementation)
-    load_checkpoint(model, config.eval)
+    model = FastResNet.from_pretrained(config.eval, config.implementation)
     dtype = DTYPES[_dtype(config)]
     loader = Loader(
         dataset.x_test,
@@ -317,7 +315,7 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
     loss, accuracy, *mirrored = evaluator.result()
     flip = f" ({100 * mirrored[0]:.2f} % with mirror images)" if mirrored else ""
     print(
-        f"ResNet-{depth} on {dataset.name}: test accuracy {100 * accuracy:.2f} %{flip}, "
+        f"ResNet-{model.depth} on {dataset.name}: test accuracy {100 * accuracy:.2f} %{flip}, "
         f"loss {loss:.4f}, {len(dataset.x_test)} pictures; {config.eval}"
     )
     return 0

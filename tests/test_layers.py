@@ -55,6 +55,7 @@ FLOORS = {
     "ops": 1.2,
     "ops._load_batch": 1.1,
     "checkpoint": 1,
+    "pretrained": 1.1,
     "data.shapes": 2,
     "modules": 2,
     "resnet": 2.1,

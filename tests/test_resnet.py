@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifar_resnet_fast import ConvBNReLU, FastResNet, load_checkpoint
-from cifar_resnet_fast.resnet import read_weights
+from cifar_resnet_fast.pretrained import read_weights
 
 PARAMETERS = {  # DESIGN.md, from the paper's table 6 and the published implementations
     20: 269_722,
@@ -126,7 +126,7 @@ def test_published_layouts_load(tmp_path, prefix, wrapped, legacy):
     content = {"state_dict": state, "best_prec1": 91.7} if wrapped else state
     path = tmp_path / "published.th"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    assert read_weights(path)[1:] == (8, 10)
+    assert read_weights(path)[1:5] == (8, 10, "A", 1)
     model = FastResNet(8)
     load_checkpoint(model, path)
     x = torch.randn(2, 3, 32, 32)
@@ -148,7 +148,7 @@ def test_without_batch_counters(tmp_path):
         (lambda s: {k: v for k, v in s.items() if k != "bn1.bias"}, "it lacks bn1.bias"),
         (lambda s: {**s, "extra": torch.ones(1)}, "it has an unknown extra"),
         (lambda s: {**s, "bn1.bias": torch.ones(3)}, r"bn1.bias must have shape \(16,\), got"),
-        (lambda s: {"weights": torch.ones(3)}, "must hold a ResNet-6n"),
+        (lambda s: {"weights": torch.ones(3)}, "must hold a CIFAR ResNet-6n"),
         (lambda s: {"state_dict": 3}, "state_dict must be a dictionary"),
     ],
     ids=["depth", "classes", "missing", "unknown", "shape", "other-network", "no-dictionary"],

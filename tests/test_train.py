@@ -433,7 +433,7 @@ def bad_input(arguments, capsys):
             "--dtype must be fp16, bf16 or auto with implementation cuda, got 'fp32'",
         ),
         ("--speed 3", "unrecognized arguments: --speed 3"),
-        ("--eval none.pt", "none.pt must be a file"),
+        ("--eval none.pt", "none.pt must be a file, a folder"),
         ("--resume none", "--resume must name the folder of a run"),
     ],
 )
