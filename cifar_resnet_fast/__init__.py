@@ -5,9 +5,22 @@
 and ``python -m cifar_resnet_fast.train`` train. Needs neither a GPU nor a compiler to import.
 """
 
+import importlib
+
 from cifar_resnet_fast.modules import ConvBNReLU
 from cifar_resnet_fast.pretrained import models
 from cifar_resnet_fast.resnet import FastResNet, load_checkpoint
 
 __version__ = "0.1.0"
-__all__ = ["ConvBNReLU", "FastResNet", "load_checkpoint", "models"]
+__all__ = ["ConvBNReLU", "FastResNet", "TrainConfig", "load_checkpoint", "models", "train"]
+
+
+def __getattr__(name: str):
+    """What training needs is imported when it is asked for."""
+    if name == "train":
+        return importlib.import_module("cifar_resnet_fast.train")
+    if name == "TrainConfig":
+        from cifar_resnet_fast.training.config import TrainConfig
+
+        return TrainConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

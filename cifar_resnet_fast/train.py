@@ -1,4 +1,7 @@
-"""``python -m cifar_resnet_fast.train``: train, resume, evaluate (layer 5).
+"""Train, resume, evaluate: ``train(config)`` and ``python -m cifar_resnet_fast.train`` (layer 5).
+
+The module can be called: ``from cifar_resnet_fast import TrainConfig, train`` and
+``train(TrainConfig(depth=20))`` is ``train.train``.
 
 torchrun starts several processes, one for each GPU: ``torchrun --nproc-per-node=4 -m
 cifar_resnet_fast.train``. They train one network together, and the first one writes the files.
@@ -12,13 +15,17 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import replace
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.data.datasets import find_dataset, load_dataset
+from cifar_resnet_fast.data.datasets import NAMES, Dataset, find_dataset, load_dataset
 from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.pretrained import find_weights, read_weights
 from cifar_resnet_fast.processes import Processes, ProcessLostError
@@ -41,11 +48,70 @@ _FREE_ON_RESUME = {
     "device",
     "tensorboard",
     "timeout",
+    "epochs",
     "profile",
     "no_selfcheck",
 }
 
 _FP16_LOSS_SCALE = 1024.0  # a mean over 1024 pictures then has the gradients of their sum
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training gives.
+
+    model: in evaluation, with its card; the averaged one if the run averages weights
+    metrics: the rows of metrics.jsonl, one for each epoch
+    accuracy: of the last row, 0 .. 1
+    folder: of the run
+    """
+
+    model: FastResNet
+    metrics: list[dict]
+    accuracy: float
+    folder: Path
+
+
+def train(
+    config: TrainConfig,
+    *,
+    dataset: Dataset | None = None,
+    on_epoch: Callable[[dict], object] | None = None,
+) -> Result:
+    """Train as ``python -m cifar_resnet_fast.train`` does, and give the network back.
+
+    Seeds PyTorch's generators with ``config.seed``. In the main thread Ctrl-C and SIGTERM stop the
+    run between two steps.
+
+    Args:
+        config: of one run. With ``resume`` only what the command line may change then
+        dataset: to train on, in the place of what ``config.dataset`` names
+        on_epoch: called with each epoch's row of metrics.jsonl; if it returns something true, the
+            run ends after this epoch. What it raises comes out of ``train``
+
+    Raises:
+        ValueError, OSError: bad input, or a file that cannot be written
+        BatchTooLargeError, FloatingPointError, ProcessLostError: as ``Run.train``
+        KeyboardInterrupt: the user stopped the run, whose checkpoint is written
+    """
+    if config.eval is not None or config.runs != 1:
+        name = "runs" if config.eval is None else "eval"
+        raise ValueError(f"{name} must be left to the command line, got {getattr(config, name)}")
+    if config.resume and config.out:
+        raise ValueError(f"out must be left out with resume, got {config.out}")
+    defaults = TrainConfig()
+    names = (item.name for item in fields(config))
+    given = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(defaults, n)}
+    job = _prepared(config, given, Processes(_device_name(config), config.timeout), dataset)
+    try:
+        (result,) = _train(job, on_epoch)
+    except RunStopped as stopped:
+        raise KeyboardInterrupt(str(stopped)) from None
+    except BatchTooLargeError:
+        if job.processes.rank == 0:
+            _give_back(job.folder)
+        raise
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,16 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
             if config.eval is not None:
                 return _evaluate(config, given)
             processes = Processes(_device_name(config), config.timeout)
-            config, folder, data = _prepared(config, given, processes)
-        accuracies = []
-        for seed in range(config.seed, config.seed + config.runs):
-            with _bad_input_exits():
-                place = folder if config.runs == 1 else folder / f"seed-{seed}"
-                run = Run(replace(config, seed=seed, runs=1), place, data, processes)
-            accuracies.append(run.train())
-        if config.runs > 1 and processes.rank == 0:
-            _summarize(folder, config, accuracies)
-        processes.leave()
+            job = _prepared(config, given, processes)
+        results = _train(job, bad_input=_bad_input_exits)
+        if job.config.runs > 1 and processes.rank == 0:
+            _summarize(job.folder, job.config, [result.accuracy for result in results])
     except RunStopped as stopped:
         if processes.rank == 0:
             print(stopped, file=sys.stderr)
@@ -83,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BatchTooLargeError as error:
         print(f"error: {with_flag_name(str(error))}", file=sys.stderr)
         if processes.rank == 0:
-            _give_back(folder)
+            _give_back(job.folder)
         return 2
     except (FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -104,24 +164,58 @@ def _bad_input_exits():
 # --- before a run ------------------------------------------------------------------------------
 
 
+class _Job(NamedTuple):
+    """All that one or several runs need; see ``Run``."""
+
+    config: TrainConfig
+    folder: Path
+    data: RunData
+    processes: Processes
+
+
+def _train(
+    job: _Job,
+    on_epoch: Callable[[dict], object] | None = None,
+    bad_input: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[Result]:
+    """The runs of a job, one after the other; ``bad_input`` is around all that is not training."""
+    config, results = job.config, []
+    for seed in range(config.seed, config.seed + config.runs):
+        with bad_input():
+            place = job.folder if config.runs == 1 else job.folder / f"seed-{seed}"
+            run = Run(replace(config, seed=seed, runs=1), place, job.data, job.processes)
+        rows = run.train(on_epoch)
+        results.append(Result(run.trained, rows, rows[-1]["test_accuracy"], place))
+    job.processes.leave()
+    return results
+
+
 def _prepared(
-    config: TrainConfig, given: dict, processes: Processes
-) -> tuple[TrainConfig, Path, RunData]:
+    config: TrainConfig, given: dict, processes: Processes, dataset: Dataset | None = None
+) -> _Job:
     """The settings, the folder and the data of a run; the first process finds out for all."""
     folder = None
+    if dataset is not None and not config.resume:
+        config = replace(config, dataset=dataset.name)
     if processes.rank == 0:
         if config.resume:
             config, folder = _resumed(config, given)
         else:
-            config = _resolved(config, given, processes)
+            config = _resolved(config, given, processes, named=dataset is None)
     config, folder = processes.tell((config, folder))
     _verify_kernels(config, processes)
     with processes.first_here_first():
-        dataset = load_dataset(config.dataset, config.data_root, config.limit)
+        if dataset is None:
+            dataset = load_dataset(config.dataset, config.data_root, config.limit)
+        elif config.limit is not None:
+            dataset = dataset.limited(config.limit)
     data = RunData(config, dataset, processes)
-    if folder is None and processes.rank == 0:
-        folder = _claim_folder(config)
-    return config, processes.tell(folder), data
+    if processes.rank == 0:
+        if folder is None:
+            folder = _claim_folder(config)
+        elif "epochs" in given:
+            write_json(folder / "config.json", config.to_dict())
+    return _Job(config, processes.tell(folder), data, processes)
 
 
 def _verify_kernels(config: TrainConfig, processes: Processes) -> None:
@@ -148,8 +242,12 @@ def _verify_kernels(config: TrainConfig, processes: Processes) -> None:
                 ops.distrust(name, operation, "its check failed in another process")
 
 
-def _resolved(config: TrainConfig, given: dict, processes: Processes) -> TrainConfig:
-    """The settings with all that a resume must keep replaced by what it stands for."""
+def _resolved(config: TrainConfig, given: dict, processes: Processes, named: bool) -> TrainConfig:
+    """The settings with all that a resume must keep replaced by what it stands for.
+
+    Args:
+        named: whether the data set is what ``config.dataset`` names
+    """
     if config.batch_size_per_process is not None:
         if "batch_size" in given:
             raise ValueError(
@@ -160,10 +258,15 @@ def _resolved(config: TrainConfig, given: dict, processes: Processes) -> TrainCo
         config = replace(config, batch_size=whole, batch_size_per_process=None)
     if config.out is not None:
         _check_free(Path(config.out))
+    if not named:
+        return _with_precision(config)
     dataset, reason = find_dataset(config.dataset, config.data_root)
     if reason is not None:
         print(f"CIFAR-10 could not be had, training on drawn shapes instead: {reason}")
-    return _with_precision(replace(config, dataset=dataset))
+    if dataset not in NAMES and Path(dataset).exists():
+        dataset = str(Path(dataset).absolute())  # so that a resume finds it from any folder
+    root = str(Path(config.data_root).absolute())
+    return _with_precision(replace(config, dataset=dataset, data_root=root))
 
 
 def _resumed(config: TrainConfig, given: dict) -> tuple[TrainConfig, Path]:
@@ -183,6 +286,10 @@ def _resumed(config: TrainConfig, given: dict) -> tuple[TrainConfig, Path]:
                 f"{name} must be left out or be the resumed run's {getattr(begun, name)}, "
                 f"got {value}"
             )
+    if given.get("epochs", begun.epochs) < begun.epochs:
+        raise ValueError(
+            f"epochs must be at least the resumed run's {begun.epochs}, got {given['epochs']}"
+        )
     free = {name: given[name] for name in _FREE_ON_RESUME & given.keys()}
     return _with_precision(replace(begun, **free)), folder
 
@@ -201,6 +308,9 @@ def _claim_folder(config: TrainConfig) -> Path:
     started = time.strftime("%Y%m%d-%H%M%S")
     default = f"runs/{Path(config.dataset).stem}-resnet{config.depth}-{started}"
     folder = Path(config.out or default)
+    while config.out is None and folder.exists():  # a run of the same second
+        name, _, count = folder.name.partition("--")
+        folder = folder.with_name(f"{name}--{int(count or 1) + 1}")
     _check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=config.out is not None)
@@ -328,6 +438,15 @@ def _three_numbers(content: dict, key: str, path: str) -> torch.Tensor:
         raise ValueError(f"eval: checkpoint {path} must have three numbers as its {key}")
     return torch.tensor(values)
 
+
+class _CallableModule(types.ModuleType):
+    """This module, called: a package has one name for its module and its function ``train``."""
+
+    def __call__(self, *arguments, **settings) -> Result:
+        return train(*arguments, **settings)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -72,9 +72,9 @@ def operation(rank):
     print("operation compared")
 
 begin = run.Run.train
-def compared(self):
+def compared(self, *arguments):
     operation(self.processes.rank)
-    return begin(self)
+    return begin(self, *arguments)
 run.Run.train = compared
 sys.exit(train.main(sys.argv[2:]))
 """

@@ -19,11 +19,13 @@ seconds            training and evaluation since the start of the run
 The rows of epochs that are not evaluated (--evaluate-every) have none of the test columns.
 """
 
+import contextlib
 import json
+import os
+import sys
 import time
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -35,6 +37,19 @@ from rich.progress import (
 )
 
 from cifar_resnet_fast.checkpoint import write_atomically
+
+if "matplotlib" in sys.modules:
+    from matplotlib.figure import Figure
+else:
+    # MPLBACKEND may name what is not installed here, and figures need no backend
+    _backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    if _backend is not None:
+        os.environ["MPLBACKEND"] = _backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = _backend  # as its import would have set it
 
 _CURVES_EVERY_SECONDS = 60.0  # drawing takes about half a second
 
@@ -81,7 +96,7 @@ class Logbook:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not (self._console.is_terminal or self._console.is_jupyter),
             transient=True,
         )
         self._task = self._progress.add_task(

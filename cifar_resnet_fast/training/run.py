@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -152,8 +153,12 @@ class Run:
         """Steps taken since the start of the run."""
         return self.engine.done
 
-    def train(self) -> float:
-        """Train to the end; returns the accuracy on the evaluated split, 0 .. 1.
+    def train(self, on_epoch: Callable[[dict], object] | None = None) -> list[dict]:
+        """Train to the end; returns the rows of metrics.jsonl.
+
+        Args:
+            on_epoch: called in the first process with each epoch's row; if it returns something
+                true, the run ends there, with its checkpoint written
 
         Raises:
             RunStopped: the user asked for it; the checkpoint is written
@@ -176,13 +181,32 @@ class Run:
                     self._save()
                 if stopping and not last:
                     raise self._stopped()
-            accuracy = logbook.rows[-1]["test_accuracy"]
+                if on_epoch is not None:
+                    first = self.processes.rank == 0
+                    if self.processes.any(first and bool(on_epoch(dict(logbook.rows[-1])))):
+                        self._save()
+                        break
+            accuracy, epochs = (logbook.rows[-1][key] for key in ("test_accuracy", "epoch"))
             logbook.say(
                 f"ResNet-{config.depth} on {self.data.name}, seed {config.seed}: "
-                f"{self.data.evaluated} accuracy {100 * accuracy:.2f} % after {config.epochs} "
+                f"{self.data.evaluated} accuracy {100 * accuracy:.2f} % after {epochs} "
                 f"epochs, {self.seconds:.0f} s; in {self.folder}"
             )
-        return accuracy
+            return logbook.rows
+
+    @property
+    def trained(self) -> FastResNet:
+        """The network that was evaluated last, with its card."""
+        model, rows = self.engine.evaluated_model, read_metrics(self.folder)
+        model.card = {
+            "mean": self.data.mean.tolist(),
+            "std": self.data.std.tolist(),
+            "class_names": self.data.fingerprint["classes"],
+            "dataset": self.data.name,
+            "accuracy": rows[-1]["test_accuracy"] if rows else None,
+            "training": self.config.to_dict(),
+        }
+        return model.eval()
 
     def _capture(self, logbook: Logbook | SilentLogbook) -> None:
         """Have the device repeat captured steps, where it can; a Ctrl-C waits until then."""

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a wish to stop between two steps (layer 4)."""
 
 import signal
+import threading
 
 
 class StopRequest:
@@ -16,6 +17,9 @@ class StopRequest:
         self._patient = patient
 
     def __enter__(self) -> "StopRequest":
+        self._before = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self  # signals reach the main thread alone, and only it may handle them
         self._before = {
             number: signal.signal(number, self._handle)
             for number in (signal.SIGINT, signal.SIGTERM)
