@@ -199,7 +199,7 @@ def card_of(path: Path, model: FastResNet) -> dict[str, Any]:
         if row is not None:
             validation = card.get("training", {}).get("validation")
             card["evaluated_on"] = "validation" if validation else "test"
-            card |= {"accuracy": row["test_accuracy"], "epochs": row["epoch"]}
+            card |= {"accuracy": row.get("test_accuracy"), "epochs": row["epoch"]}
     return card
 
 

@@ -38,6 +38,7 @@ from cifar_resnet_fast.training.run import (
     Run,
     RunData,
     RunStopped,
+    last_accuracy,
     write_json,
 )
 
@@ -62,13 +63,13 @@ class Result:
 
     model: in evaluation, with its card; the averaged one if the run averages weights
     metrics: the rows of metrics.jsonl, one for each epoch
-    accuracy: of the last row, 0 .. 1
+    accuracy: of the last epoch that was evaluated, 0 .. 1; None if none was
     folder: of the run
     """
 
     model: FastResNet
     metrics: list[dict]
-    accuracy: float
+    accuracy: float | None
     folder: Path
 
 
@@ -185,7 +186,7 @@ def _train(
             place = job.folder if config.runs == 1 else job.folder / f"seed-{seed}"
             run = Run(replace(config, seed=seed, runs=1), place, job.data, job.processes)
         rows = run.train(on_epoch)
-        results.append(Result(run.trained, rows, rows[-1]["test_accuracy"], place))
+        results.append(Result(run.trained, rows, last_accuracy(rows), place))
     job.processes.leave()
     return results
 

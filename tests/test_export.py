@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from budget import assert_within_budget
 from test_api import TINY
 from torch import nn
 
 from cifar_resnet_fast import FastResNet, export, load_checkpoint, train
 from cifar_resnet_fast.checkpoint import save_checkpoint
 from cifar_resnet_fast.export import Inference, folded, main
+from cifar_resnet_fast.verification.budget import assert_within_budget
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 

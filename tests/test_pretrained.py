@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
 from safetensors.torch import save_file
 from test_resnet import PlainResNet
 from torch import nn
@@ -22,6 +21,7 @@ from torch import nn
 import cifar_resnet_fast
 from cifar_resnet_fast import FastResNet, load_checkpoint, models, pretrained
 from cifar_resnet_fast.pretrained import read_weights
+from cifar_resnet_fast.verification.budget import assert_within_budget
 
 ROOT = Path(cifar_resnet_fast.__file__).parents[1]
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
 from test_resnet import PlainResNet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from cifar_resnet_fast import ConvBNReLU, FastResNet, load_checkpoint, ops
+from cifar_resnet_fast.verification.budget import assert_within_budget
 
 TABLE = Path(__file__).parents[1] / "docs" / "uses.md"
 USES: dict[str, Callable[[nn.Module, Tensor], object]] = {}

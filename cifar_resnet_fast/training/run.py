@@ -186,10 +186,11 @@ class Run:
                     if self.processes.any(first and bool(on_epoch(dict(logbook.rows[-1])))):
                         self._save()
                         break
-            accuracy, epochs = (logbook.rows[-1][key] for key in ("test_accuracy", "epoch"))
+            scored = last_accuracy(logbook.rows)
+            score = "not evaluated" if scored is None else f"accuracy {100 * scored:.2f} %"
             logbook.say(
                 f"ResNet-{config.depth} on {self.data.name}, seed {config.seed}: "
-                f"{self.data.evaluated} accuracy {100 * accuracy:.2f} % after {epochs} "
+                f"{self.data.evaluated} {score} after {logbook.rows[-1]['epoch']} "
                 f"epochs, {self.seconds:.0f} s; in {self.folder}"
             )
             return logbook.rows
@@ -197,13 +198,13 @@ class Run:
     @property
     def trained(self) -> FastResNet:
         """The network that was evaluated last, with its card."""
-        model, rows = self.engine.evaluated_model, read_metrics(self.folder)
+        model = self.engine.evaluated_model
         model.card = {
             "mean": self.data.mean.tolist(),
             "std": self.data.std.tolist(),
             "class_names": self.data.fingerprint["classes"],
             "dataset": self.data.name,
-            "accuracy": rows[-1]["test_accuracy"] if rows else None,
+            "accuracy": last_accuracy(read_metrics(self.folder)),
             "training": self.config.to_dict(),
         }
         return model.eval()
@@ -406,6 +407,11 @@ class Run:
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"resume: checkpoint {path} does not fit the run: {reason}") from None
+
+
+def last_accuracy(rows: list[dict]) -> float | None:
+    """Of the last epoch that was evaluated, 0 .. 1; None if none was."""
+    return next((row["test_accuracy"] for row in rows[::-1] if "test_accuracy" in row), None)
 
 
 def write_json(path: Path, values: dict) -> None:
