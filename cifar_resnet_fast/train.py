@@ -32,6 +32,12 @@ from cifar_resnet_fast.processes import Processes, ProcessLostError
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.config import TrainConfig, flag_of, parse_flags, with_flag_name
 from cifar_resnet_fast.training.engine import DTYPES, Evaluator
+from cifar_resnet_fast.training.evaluate import (
+    Scores,
+    draw_confusion,
+    predict,
+    write_predictions,
+)
 from cifar_resnet_fast.training.memory import BatchTooLargeError
 from cifar_resnet_fast.training.run import (
     IMAGENET_STATISTICS,
@@ -51,6 +57,27 @@ _FREE_ON_RESUME = {
     "timeout",
     "epochs",
     "profile",
+    "no_selfcheck",
+}
+
+# what goes with --eval: the data, where and how it runs, and what it writes
+_WITH_EVAL = {
+    "eval",
+    "dataset",
+    "data_root",
+    "normalization",
+    "mean",
+    "std",
+    "limit",
+    "depth",
+    "batch_size",
+    "tta",
+    "dtype",
+    "device",
+    "implementation",
+    "timeout",
+    "predictions",
+    "confusion",
     "no_selfcheck",
 }
 
@@ -385,18 +412,30 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
     name = config.dataset
     if name == "auto":
         name = card.get("dataset") or "cifar10"  # a published checkpoint has none
-    dataset = load_dataset(str(name), config.data_root, config.limit)
+    for other in given.keys() - _WITH_EVAL:
+        raise ValueError(f"{other} must be left out with {flag_of('eval')}, got {given[other]}")
+    own = not {"mean", "normalization"} & given.keys() and "mean" in card
+    # the statistics are those of all training images, whatever --limit says
+    needs_all = not own and config.mean is None and config.normalization == "dataset"
+    dataset = load_dataset(str(name), config.data_root, None if needs_all else config.limit)
     if len(dataset.classes) != weights.num_classes:
         raise ValueError(
             f"dataset must have the checkpoint's {weights.num_classes} classes, "
             f"{dataset.name} has {len(dataset.classes)}"
         )
-    if "mean" in card and "normalization" not in given:
+    if (config.mean is None) != (config.std is None):
+        missing = "std" if config.std is None else "mean"
+        raise ValueError(f"{missing} must be given, as the other one of mean and std is")
+    if config.mean is not None:
+        mean, std = _from_flag("mean", config.mean), _from_flag("std", config.std)
+    elif own:
         mean, std = (_three_numbers(card, key, config.eval) for key in ("mean", "std"))
     elif config.normalization == "imagenet":
         mean, std = IMAGENET_STATISTICS
     else:
         mean, std = dataset.channel_statistics()
+    if config.limit is not None:
+        dataset = dataset.limited(config.limit)
     processes = Processes(_device_name(config))
     if processes.count > 1:
         raise ValueError(f"eval must be run by one process, not by {processes.count}")
@@ -429,7 +468,32 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
         f"ResNet-{model.depth} on {dataset.name}: test accuracy {100 * accuracy:.2f} %{flip}, "
         f"loss {loss:.4f}, {len(dataset.x_test)} pictures; {config.eval}"
     )
+    logits, labels = predict(model, loader, device=device, dtype=dtype)
+    scores = Scores.of(logits, labels)
+    print(
+        f"top-5 accuracy {100 * scores.top5:.2f} %, "
+        f"expected calibration error {100 * scores.calibration_error:.2f} %"
+    )
+    for name, share in zip(dataset.classes, scores.by_class(), strict=True):
+        print(f"  {name}: {'no image' if share is None else f'{100 * share:.2f} %'}")
+    if config.predictions is not None:
+        write_predictions(Path(config.predictions), logits, labels, dataset.classes)
+    if config.confusion is not None:
+        title = f"ResNet-{model.depth} on {dataset.name}, {100 * accuracy:.2f} %"
+        draw_confusion(Path(config.confusion), scores.confusion, dataset.classes, title)
     return 0
+
+
+def _from_flag(name: str, text: str) -> torch.Tensor:
+    """[3] float32, out of three numbers with commas between them."""
+    try:
+        values = torch.tensor([float(part) for part in text.split(",")])
+    except ValueError:
+        values = torch.empty(0)
+    if values.shape != (3,) or not values.isfinite().all() or (name == "std" and min(values) <= 0):
+        rule = "three numbers more than 0" if name == "std" else "three numbers"
+        raise ValueError(f"{name} must be {rule}, with commas between them, got {text!r}")
+    return values
 
 
 def _three_numbers(content: dict, key: str, path: str) -> torch.Tensor:

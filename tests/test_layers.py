@@ -86,6 +86,7 @@ FLOORS = {
     "training.logbook": 4,
     "training.signals": 4,
     "training.trace": 4,
+    "training.evaluate": 4.1,
     "training.run": 4.1,
     "selfcheck": 5,
     "train": 5,

@@ -120,6 +120,12 @@ class TrainConfig:
     out: str | None = _flag(None, "folder of the run, new or empty; default: a new one in runs/")
     resume: str | None = _flag(None, "folder of a stopped run to continue with its own settings")
     eval: str | None = _flag(None, "checkpoint to evaluate on the test set, without training")
+    mean: str | None = _flag(
+        None, "with --eval: of the channels, such as 0.4914,0.4822,0.4465; with --std"
+    )
+    std: str | None = _flag(None, "with --eval: of the channels, three numbers; with --mean")
+    predictions: str | None = _flag(None, "with --eval: .csv file to write with a row an image")
+    confusion: str | None = _flag(None, "with --eval: .png file to draw the confusion matrix to")
     tensorboard: bool = _flag(False, "write TensorBoard events into the run's folder, too")
     profile: bool = _flag(
         False, "write a trace of five steps, for chrome://tracing or Perfetto, into the folder"
@@ -218,7 +224,17 @@ class TrainConfig:
 
 
 # what is about the call, not about the training
-PLACES = ("out", "resume", "eval", "profile", "no_selfcheck")
+PLACES = (
+    "out",
+    "resume",
+    "eval",
+    "mean",
+    "std",
+    "predictions",
+    "confusion",
+    "profile",
+    "no_selfcheck",
+)
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -1,0 +1,130 @@
+"""A test set through a network: scores by class, confusion matrix, predictions (layer 4)."""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar_resnet_fast.checkpoint import write_atomically
+from cifar_resnet_fast.data.loader import Loader
+from cifar_resnet_fast.training.logbook import Figure
+
+_CALIBRATION_BINS = 15
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, loader: Loader, *, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The logits of all images of a loader, in its order.
+
+    Args:
+        model: on ``device``
+        loader: not augmented, on ``device``, of one process
+        device: where it runs
+        dtype: of the activations
+
+    Returns:
+        logits: [N, K] float32, on the CPU
+        labels: [N] int64, on the CPU
+    """
+    model.eval()
+    made, steps = [], torch.zeros((), dtype=torch.int64, device=device)
+    for step in range(loader.steps):
+        loader.prepare(step)
+        images, labels = loader.batch(steps)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(images)
+        made.append((logits.float().cpu(), labels.cpu()))
+        steps += 1
+    logits, labels = (torch.cat(parts) for parts in zip(*made, strict=True))
+    present = labels >= 0  # the last batch is filled up with black images
+    return logits[present], labels[present]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of predictions on a test set; shares are 0 .. 1.
+
+    top1, top5: share of the images whose label is the first, or among the first five
+    calibration_error: expected, over 15 bins of confidence
+    confusion: [K, K] int64. images of class i that were taken for class j
+
+    Source: Guo et al. 2017, equation 3 (calibration error).
+    """
+
+    top1: float
+    top5: float
+    calibration_error: float
+    confusion: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> "Scores":
+        K = logits.shape[1]
+        order = logits.topk(min(5, K)).indices
+        right = order == labels[:, None]
+        confidence, predicted = F.softmax(logits.double(), 1).max(1)
+        bins = (confidence * _CALIBRATION_BINS).ceil().long().clamp(1, _CALIBRATION_BINS) - 1
+        gap = torch.zeros(_CALIBRATION_BINS, dtype=torch.float64)
+        gap.index_add_(0, bins, confidence - (predicted == labels).double())
+        confusion = torch.bincount(labels * K + predicted, minlength=K * K).reshape(K, K)
+        return cls(
+            right[:, 0].double().mean().item(),
+            right.any(1).double().mean().item(),
+            gap.abs().sum().item() / len(labels),
+            confusion,
+        )
+
+    def by_class(self) -> list[float | None]:
+        """The share of each class's images that were taken for it; None if it has none."""
+        pairs = zip(
+            self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist(), strict=True
+        )
+        return [right / count if count else None for right, count in pairs]
+
+
+def write_predictions(
+    path: Path, logits: Tensor, labels: Tensor, classes: tuple[str, ...]
+) -> None:
+    """A table with a row for each image: index, label, prediction, and its probability.
+
+    Raises:
+        OSError: the file cannot be written
+    """
+    confidence, predicted = F.softmax(logits.double(), 1).max(1)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["index", "label", "prediction", "probability"])
+    columns = (labels.tolist(), predicted.tolist(), confidence.tolist())
+    for index, (label, guess, share) in enumerate(zip(*columns, strict=True)):
+        table.writerow([index, classes[label], classes[guess], f"{share:.6f}"])
+    write_atomically(path, text.getvalue().encode())
+
+
+def draw_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...], title: str) -> None:
+    """A .png of a confusion matrix, each row in shares of its class.
+
+    Raises:
+        OSError: the file cannot be written
+    """
+    K = len(classes)
+    shares = confusion / confusion.sum(1, keepdim=True).clamp_min(1)
+    figure = Figure(figsize=(2 + 0.6 * min(K, 20),) * 2, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="prediction", ylabel="label", title=title)
+    if K <= 20:
+        axes.set_xticks(range(K), classes, rotation=45, ha="right")
+        axes.set_yticks(range(K), classes)
+        for i in range(K):
+            for j in range(K):
+                colour = "white" if shares[i, j] > 0.5 else "black"
+                count = int(confusion[i, j])
+                axes.text(j, i, count, ha="center", va="center", color=colour, fontsize=8)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120)
+    write_atomically(path, data.getvalue())
