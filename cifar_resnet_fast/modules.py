@@ -24,8 +24,24 @@ def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> ops.Unit:
     momentum = bn.momentum
     if momentum is None:
         momentum = 1 / max(int(bn.num_batches_tracked), 1)
-    statistics = (bn.running_mean, bn.running_var, momentum, bn.eps)
-    return ops.Unit(conv.weight, bn.weight, bn.bias, *statistics)
+    return ops.Unit(
+        held(conv, "weight"),
+        held(bn, "weight"),
+        held(bn, "bias"),
+        held(bn, "running_mean"),
+        held(bn, "running_var"),
+        momentum,
+        bn.eps,
+    )
+
+
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """``getattr(module, name)`` of a parameter or a buffer, which for modules takes three times
+    as long as to look where it usually is."""
+    tensor = module._parameters.get(name)
+    if tensor is None:
+        tensor = module._buffers.get(name)
+    return getattr(module, name) if tensor is None else tensor
 
 
 # --- which modules are called as modules -------------------------------------------------------
@@ -71,11 +87,11 @@ def why_conv_called(conv: nn.Module) -> str | None:
         return reason
     if "_conv_forward" in conv.__dict__:
         return "has a forward of its own"
-    if conv.bias is not None:
+    if conv._parameters.get("bias", _ELSEWHERE) is not None and conv.bias is not None:
         return "has a bias"
-    weight = conv.weight
-    if weight.dim() != 4 or weight.shape[2] != 3 or weight.shape[3] != 3:
-        return f"has a kernel of {tuple(weight.shape[2:])}"
+    shape = held(conv, "weight").shape
+    if shape[2:] != (3, 3):
+        return f"has a kernel of {tuple(shape[2:])}"
     if conv.stride not in _STRIDES:
         return f"has stride {conv.stride}"
     if conv.padding != (1, 1) or conv.padding_mode != "zeros":
@@ -86,6 +102,7 @@ def why_conv_called(conv: nn.Module) -> str | None:
 
 
 _STRIDES = ((1, 1), (2, 2))
+_ELSEWHERE = object()
 
 
 def why_bn_called(bn: nn.Module) -> str | None:
@@ -93,9 +110,13 @@ def why_bn_called(bn: nn.Module) -> str | None:
     reason = why_called(bn, nn.BatchNorm2d, nn.SyncBatchNorm)
     if reason is not None:
         return reason
-    if bn.weight is None or bn.bias is None:
+    if held(bn, "weight") is None or held(bn, "bias") is None:
         return "has no weight or no bias"
-    if bn.running_mean is None or bn.num_batches_tracked is None or not bn.track_running_stats:
+    if (
+        not bn.track_running_stats
+        or held(bn, "running_mean") is None
+        or held(bn, "num_batches_tracked") is None
+    ):
         return "has no running statistics"
     return None
 

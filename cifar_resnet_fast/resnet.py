@@ -16,6 +16,7 @@ from cifar_resnet_fast.modules import (
     BasicBlock,
     apply_unit,
     conv3x3,
+    held,
     unit_of,
     why_all_called,
     why_bn_called,
@@ -145,7 +146,7 @@ class FastResNet(nn.Module):
         if reason is None:
             training = self.bn1.training
             if training:
-                torch._foreach_add_([bn.num_batches_tracked for _, bn in units], 1)
+                torch._foreach_add_([held(bn, "num_batches_tracked") for _, bn in units], 1)
             units = [unit_of(conv, bn) for conv, bn in units]
             return ops.trunk(x, units, training=training, implementation=self.implementation)
         if self.implementation == "cuda":
@@ -182,13 +183,14 @@ class FastResNet(nn.Module):
                 inside = block._modules
                 units.append((inside["conv1"], inside["bn1"]))
                 units.append((inside["conv2"], inside["bn2"]))
-        training, C, wants_gradient = self.bn1.training, 3, False
+        training, C = self.bn1.training, 3
         for i, (conv, bn) in enumerate(units):
             wrong, reason = conv, why_conv_called(conv)
             if reason is None:
-                K, stride = len(conv.weight), conv.stride[0]
-                if conv.weight.shape[1] != C or not (i == 0 or K == C or (i % 2 and K == 2 * C)):
-                    reason = f"takes {conv.weight.shape[1]} channels to {K} after one of {C}"
+                K, taken = held(conv, "weight").shape[:2]
+                stride = conv.stride[0]
+                if taken != C or not (i == 0 or K == C or (i % 2 and K == 2 * C)):
+                    reason = f"takes {taken} channels to {K} after one of {C}"
                 elif stride != (2 if i and K != C else 1):
                     reason = f"has stride {stride}"
                 C = K
@@ -201,13 +203,15 @@ class FastResNet(nn.Module):
             if reason is not None:
                 name = next(name for name, other in self.named_modules() if other is wrong)
                 return units, f"{name} {reason}"
-            wants_gradient |= (
-                conv.weight.requires_grad or bn.weight.requires_grad or bn.bias.requires_grad
-            )
         if torch.is_grad_enabled():
             if x.requires_grad:
                 return units, "x requires a gradient"
-            if not training and wants_gradient:
+            if not training and any(
+                held(conv, "weight").requires_grad
+                or held(bn, "weight").requires_grad
+                or held(bn, "bias").requires_grad
+                for conv, bn in units
+            ):
                 return units, "gradients are wanted in evaluation"
         return units, None
 
