@@ -2,13 +2,15 @@
 
 A checkpoint is a dictionary of tensors and plain values. Writing goes to a temporary file in the
 same folder that is flushed to the disk and then renamed, so a crash, a SIGKILL or a full disk
-leaves the file before it untouched. Reading uses ``weights_only=True`` and checks what the file
-claims to hold against its size before memory is taken.
+leaves the file before it untouched. Reading uses ``weights_only=True``, checks what the file
+claims to hold against its size before memory is taken, and verifies the checksums of its archive,
+which PyTorch's own reader does not look at.
 """
 
 import io
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -60,14 +62,18 @@ def read_checkpoint(path: str | Path) -> dict:
         FileNotFoundError: there is no such file
         ValueError: it is not a checkpoint, is damaged, unpacks to more than its own size, or
             holds something else than tensors and plain values
+
+    Warns:
+        UserWarning: the file was written without checksums, so damage would not be noticed
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} must be a file, found none there")
     try:
-        if zipfile.is_zipfile(path):
-            _check_unpacked_size(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        has_checksums = _verify(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's, on tensors that are checked by their user
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"checkpoint {path} must hold tensors and plain values only, and be whole; "
@@ -80,14 +86,39 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(
             f"checkpoint {path} must hold a dictionary, got a {type(content).__name__}"
         )
+    if not has_checksums:
+        warnings.warn(
+            f"checkpoint {path} holds no checksums, so damage to it cannot be noticed",
+            stacklevel=2,
+        )
     return content
 
 
-def _check_unpacked_size(path: Path) -> None:
+def _verify(path: Path) -> bool:
+    """Compare every part of the archive with its checksum; returns whether there are any.
+
+    Files in PyTorch's format from before 1.6 have none, nor have those that were written after
+    ``torch.serialization.set_crc32_options(False)``.
+
+    Raises:
+        ValueError: a checksum differs, the archive is not whole, or is compressed
+    """
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise ValueError("the end of its archive is missing or damaged")
+        return False
     with zipfile.ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    size = path.stat().st_size
-    if unpacked > size:
-        raise ValueError(
-            f"must be stored uncompressed, as torch.save does; {size} bytes unpack to {unpacked}"
-        )
+        entries = [entry for entry in archive.infolist() if entry.file_size]
+        unpacked, size = sum(entry.file_size for entry in entries), path.stat().st_size
+        if unpacked > size:
+            raise ValueError(
+                f"must be stored uncompressed, as torch.save does; {size} bytes unpack to "
+                f"{unpacked}"
+            )
+        if not any(entry.CRC for entry in entries):
+            return False
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged!r} inside does not have its checksum: the file is damaged")
+    return True
