@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -92,6 +93,62 @@ def read_checkpoint(path: str | Path) -> dict:
             stacklevel=2,
         )
     return content
+
+
+def check_holds(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """The file holds its tensors' elements, each as it is and once.
+
+    Raises:
+        ValueError: a tensor is sparse, nested, quantised or without data, or all together claim
+            more elements than the file has room for
+    """
+    claimed, size = 0, Path(path).stat().st_size
+    for key, value in tensors.items():
+        kind = next(
+            (
+                name
+                for name, found in (
+                    ("nested", value.is_nested),
+                    (str(value.layout).removeprefix("torch."), value.layout != torch.strided),
+                    ("quantised", value.is_quantized),
+                    ("meta", value.is_meta),
+                )
+                if found
+            ),
+            None,
+        )
+        if kind is not None:
+            raise ValueError(
+                f"checkpoint {path}: {key} must be a dense tensor with its data, got a {kind} one"
+            )
+        claimed += value.numel() * value.element_size()
+    if claimed > size:
+        raise ValueError(
+            f"checkpoint {path} must hold the {claimed} bytes of its tensors, it has {size}"
+        )
+
+
+def check_weight(path: str | Path, key: str, value: Tensor, like: Tensor) -> None:
+    """``value``, read from ``path`` as ``key``, can replace ``like``, the model's.
+
+    Raises:
+        ValueError: it is of another shape or kind of dtype, not finite, or a variance below 0
+    """
+    rule = got = None
+    if value.shape != like.shape:
+        rule, got = f"have shape {tuple(like.shape)}", tuple(value.shape)
+    elif value.is_floating_point() != like.is_floating_point() or value.is_complex():
+        kind = "a floating" if like.is_floating_point() else "an integer"
+        rule, got = f"be of {kind} dtype", value.dtype
+    elif value.is_floating_point():
+        values = value.to(like.dtype)  # a number can also be too large for the model's dtype
+        wrong = values[~values.isfinite()]
+        if wrong.numel():
+            rule, got = f"be finite in {like.dtype}", wrong[0].item()
+        elif key.endswith("running_var") and values.min() < 0:
+            rule, got = "be 0 or more", values.min().item()
+    if rule is not None:
+        raise ValueError(f"checkpoint {path}: {key} must {rule}, got {got}")
 
 
 def _verify(path: Path) -> bool:

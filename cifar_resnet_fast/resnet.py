@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.checkpoint import read_checkpoint
+from cifar_resnet_fast.checkpoint import check_holds, check_weight, read_checkpoint
 from cifar_resnet_fast.modules import BasicBlock, apply_unit, conv3x3, unit_of
 
 STAGE_CHANNELS = (16, 32, 64)
@@ -185,6 +185,18 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], int, int]:
             f"checkpoint {path} must hold a ResNet-6n+2 with keys conv1, layer1.0.conv1, ..., "
             f"linear; got keys {', '.join(list(weights)[:3]) or 'none'}, ..."
         )
+    check_holds(path, weights)
+    # before a network is built for a file that only claims to hold one
+    for stage, channels in enumerate(STAGE_CHANNELS, 1):
+        for block in range(blocks):
+            for conv in ("conv1", "conv2"):
+                key = f"layer{stage}.{block}.{conv}.weight"
+                if key not in weights or weights[key].shape[:1] != (channels,):
+                    got = tuple(weights[key].shape) if key in weights else "none"
+                    raise ValueError(
+                        f"checkpoint {path}: ResNet-{6 * blocks + 2} must have {key} with "
+                        f"{channels} filters, got {got}"
+                    )
     return weights, 6 * blocks + 2, linear.shape[0]
 
 
@@ -197,7 +209,8 @@ def load_checkpoint(model: FastResNet, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError, ValueError: as ``read_weights``; or depth, number of classes, a key or
-            a shape differ from the model's. The model is then as it was.
+            a shape differ from the model's, or ``check_weight`` refuses a tensor. The model is
+            then as it was.
     """
     weights, depth, num_classes = read_weights(path)
     for name, ours, theirs in (
@@ -219,11 +232,7 @@ def load_checkpoint(model: FastResNet, path: str | Path) -> None:
             f"checkpoint {path} must have the keys of ResNet-{depth}: it {what} {key}"
         )
     for key, value in weights.items():
-        if value.shape != expected[key].shape:
-            raise ValueError(
-                f"checkpoint {path}: {key} must have shape {tuple(expected[key].shape)}, "
-                f"got {tuple(value.shape)}"
-            )
+        check_weight(path, key, value, expected[key])
     with torch.no_grad():
         for key, value in weights.items():
             expected[key].copy_(value)

@@ -9,6 +9,7 @@ mean and the standard deviation.
 
 import contextlib
 import json
+import math
 import statistics
 import sys
 import time
@@ -294,6 +295,9 @@ def _three_numbers(content: dict, key: str, path: str) -> torch.Tensor:
     values = content.get(key)
     if not isinstance(values, list) or [type(value) for value in values] != [float] * 3:
         raise ValueError(f"eval: checkpoint {path} must have three numbers as its {key}")
+    if not all(math.isfinite(value) and (key == "mean" or value > 0) for value in values):
+        rule = "finite numbers" + (" above 0" if key == "std" else "")
+        raise ValueError(f"eval: checkpoint {path} must have {rule} as its {key}, got {values}")
     return torch.tensor(values)
 
 

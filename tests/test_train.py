@@ -395,6 +395,23 @@ def test_checkpoint_with_settings_of_no_sense(tmp_path, capsys):
     assert "must have three numbers as its mean" in bad_input(arguments, capsys)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("mean", math.nan, "finite numbers as its mean"),
+        ("std", 0.0, "above 0 as its std"),
+        ("std", -0.2, "above 0 as its std"),
+        ("std", math.inf, "finite numbers above 0 as its std"),
+    ],
+)
+def test_statistics_that_cannot_be(key, value, rule, tmp_path, capsys):
+    content = {"state_dict": FastResNet(8).state_dict(), "mean": [0.5] * 3, "std": [0.2] * 3}
+    content[key] = [0.3, 0.3, value]
+    torch.save(content, tmp_path / "odd.pt")
+    arguments = ["--eval", tmp_path / "odd.pt", "--dataset", "shapes", "--limit", 16]
+    assert rule in bad_input(arguments, capsys)
+
+
 def test_eval_takes_auto_for_the_data_that_the_run_had(finished, capsys):
     arguments = ["--eval", str(finished / "checkpoint.pt"), "--dataset", "auto", "--limit", "64"]
     assert main(arguments) == 0
