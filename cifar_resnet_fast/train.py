@@ -26,6 +26,7 @@ from cifar_resnet_fast.processes import Processes, ProcessLostError
 from cifar_resnet_fast.resnet import FastResNet, load_checkpoint, read_weights
 from cifar_resnet_fast.training.config import TrainConfig, flag_of, parse_flags, with_flag_name
 from cifar_resnet_fast.training.engine import DTYPES, Evaluator
+from cifar_resnet_fast.training.folder import hold, is_free
 from cifar_resnet_fast.training.memory import BatchTooLargeError
 from cifar_resnet_fast.training.run import (
     IMAGENET_STATISTICS,
@@ -47,19 +48,24 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         exit status: 0 done, 1 failed on the way, 2 bad input, 130 stopped by the user
     """
+    held = contextlib.ExitStack()  # the run's folder, by the first process
     try:
         with _bad_input_exits():
             config, given = parse_flags(arguments)
             if config.eval is not None:
                 return _evaluate(config, given)
             processes = Processes(_device_name(config), config.timeout)
-            config, folder, data = _prepared(config, given, processes)
+            config, folder, data = _prepared(config, given, processes, held)
         accuracies = []
         for seed in range(config.seed, config.seed + config.runs):
-            with _bad_input_exits():
-                place = folder if config.runs == 1 else folder / f"seed-{seed}"
-                run = Run(replace(config, seed=seed, runs=1), place, data, processes)
-            accuracies.append(run.train())
+            with contextlib.ExitStack() as held_too:
+                with _bad_input_exits():
+                    place = folder if config.runs == 1 else folder / f"seed-{seed}"
+                    if config.runs > 1 and processes.rank == 0:
+                        place.mkdir(exist_ok=True)
+                        held_too.enter_context(hold(place))
+                    run = Run(replace(config, seed=seed, runs=1), place, data, processes)
+                accuracies.append(run.train())
         if config.runs > 1 and processes.rank == 0:
             _summarize(folder, config, accuracies)
         processes.leave()
@@ -76,11 +82,14 @@ def main(arguments: list[str] | None = None) -> int:
     except BatchTooLargeError as error:
         print(f"error: {with_flag_name(str(error))}", file=sys.stderr)
         if processes.rank == 0:
+            held.close()
             _give_back(folder)
         return 2
     except (FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        held.close()
     return 0
 
 
@@ -98,13 +107,14 @@ def _bad_input_exits():
 
 
 def _prepared(
-    config: TrainConfig, given: dict, processes: Processes
+    config: TrainConfig, given: dict, processes: Processes, held: contextlib.ExitStack
 ) -> tuple[TrainConfig, Path, RunData]:
-    """The settings, the folder and the data of a run; the first process finds out for all."""
+    """The settings, the folder and the data of a run; the first process finds out for all, and
+    has the folder until ``held`` is closed."""
     folder = None
     if processes.rank == 0:
         if config.resume:
-            config, folder = _resumed(config, given)
+            config, folder = _resumed(config, given, held)
         else:
             config = _resolved(config, given, processes)
     config, folder = processes.tell((config, folder))
@@ -112,7 +122,7 @@ def _prepared(
         dataset = load_dataset(config.dataset, config.data_root, config.limit)
     data = RunData(config, dataset, processes)
     if folder is None and processes.rank == 0:
-        folder = _claim_folder(config)
+        folder = _claim_folder(config, held)
     return config, processes.tell(folder), data
 
 
@@ -134,16 +144,20 @@ def _resolved(config: TrainConfig, given: dict, processes: Processes) -> TrainCo
     return _with_precision(replace(config, dataset=dataset))
 
 
-def _resumed(config: TrainConfig, given: dict) -> tuple[TrainConfig, Path]:
+def _resumed(
+    config: TrainConfig, given: dict, held: contextlib.ExitStack
+) -> tuple[TrainConfig, Path]:
     """The settings that a stopped run began with, and its folder."""
     folder = Path(config.resume)
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"resume must name the folder of a run, found no {path}")
+        begin = f"; nothing was begun there: {flag_of('out')} {folder}" * is_free(folder)
+        raise ValueError(f"resume must name the folder of a run, found no {path}{begin}")
+    held.enter_context(hold(folder))
     try:
         values = json.loads(path.read_text())
         begun = TrainConfig.from_dict(values)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"resume: {path} is damaged: {error}") from None
     for name, value in given.items():
         if name not in _FREE_ON_RESUME and value != getattr(begun, name):
@@ -157,14 +171,14 @@ def _resumed(config: TrainConfig, given: dict) -> tuple[TrainConfig, Path]:
 
 def _check_free(folder: Path) -> None:
     """``folder`` can become a run's: it is new or empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_free(folder):
         raise ValueError(
             f"out must be a new or an empty folder, got {folder}, which holds something; "
             f"to go on with a run there: {flag_of('resume')} {folder}"
         )
 
 
-def _claim_folder(config: TrainConfig) -> Path:
+def _claim_folder(config: TrainConfig, held: contextlib.ExitStack) -> Path:
     """Make the run's folder with its config.json, and nobody else's."""
     started = time.strftime("%Y%m%d-%H%M%S")
     default = f"runs/{Path(config.dataset).stem}-resnet{config.depth}-{started}"
@@ -172,6 +186,8 @@ def _claim_folder(config: TrainConfig) -> Path:
     _check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=config.out is not None)
+        held.enter_context(hold(folder))
+        _check_free(folder)  # another process may have had it before
         write_json(folder / "config.json", config.to_dict())
     except OSError as error:
         raise ValueError(f"out must be a folder that can be written: {error}") from None

@@ -64,6 +64,7 @@ FLOORS = {
     "training.schedules": 2,
     "training.capture": 2,
     "training.config": 2.2,
+    "training.folder": 2,
     "training.engine": 3,
     "training.memory": 3.1,
     "verification": 0,

@@ -124,6 +124,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_depth(self.depth)
+        for name in ("dataset", "data_root", *PLACES):  # as an unset shell variable leaves them
+            self._check(name, lambda v: v is None or v.strip(), "a name that is not empty")
         for name, minimum in (
             ("epochs", 1),
             ("batch_size", 1),

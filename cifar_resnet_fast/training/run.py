@@ -9,6 +9,7 @@ with the bits of one that was not. Its ``state_dict`` holds the weights that wer
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -138,9 +139,16 @@ class Run:
         )
         self.seconds = 0.0
         self._saved = -math.inf  # when the last checkpoint was
+        self._said: list[str] = []  # what the display shows first
         processes.any(False)  # what the first one did in the folder before is done
-        if (folder / _CHECKPOINT).exists():
+        if os.path.lexists(folder / _CHECKPOINT):
             self._load()
+        elif processes.rank == 0 and len(read_metrics(folder)[0]) > 1:
+            # after the first row a checkpoint is written, before the second one
+            raise ValueError(
+                f"resume must name a folder with its checkpoint, found rows of epochs in "
+                f"{folder / 'metrics.jsonl'} and no {folder / _CHECKPOINT}"
+            )
         elif processes.rank == 0 and not (folder / "config.json").exists():
             folder.mkdir(exist_ok=True)
             write_json(folder / "config.json", config.to_dict())
@@ -165,6 +173,8 @@ class Run:
         patient = self.processes.count > 1
         fits = batch_must_fit(config.batch_size, self.processes, self.engine)
         with StopRequest(patient) as stop, logbook, fits:
+            for line in self._said:
+                logbook.say(line)
             self._capture(logbook)
             for epoch in range(self.step // steps, config.epochs):
                 speed = self._train_epoch(epoch, logbook, stop)
@@ -174,13 +184,20 @@ class Run:
                     self._save()
                 if stopping and not last:
                     raise self._stopped()
-            accuracy = logbook.rows[-1]["test_accuracy"]
+            accuracy = self._final_accuracy(logbook)
             logbook.say(
                 f"ResNet-{config.depth} on {self.data.name}, seed {config.seed}: "
                 f"{self.data.evaluated} accuracy {100 * accuracy:.2f} % after {config.epochs} "
                 f"epochs, {self.seconds:.0f} s; in {self.folder}"
             )
         return accuracy
+
+    def _final_accuracy(self, logbook: Logbook | SilentLogbook) -> float:
+        """That of the last row, or found out anew if metrics.jsonl has lost it."""
+        if self.processes.any(not logbook.rows or logbook.rows[-1]["step"] < self.step):
+            self.engine.start_evaluation()
+            return self.engine.evaluation()[1]
+        return logbook.rows[-1]["test_accuracy"]
 
     def _capture(self, logbook: Logbook | SilentLogbook) -> None:
         """Have the device repeat captured steps, where it can; a Ctrl-C waits until then."""
@@ -192,7 +209,9 @@ class Run:
 
     def _logbook(self) -> Logbook | SilentLogbook:
         if self.processes.rank:
-            return SilentLogbook(read_metrics(self.folder))
+            return SilentLogbook(
+                [r for r in read_metrics(self.folder)[0] if r["step"] <= self.step]
+            )
         return Logbook(
             self.folder,
             epochs=self.config.epochs,
@@ -330,6 +349,7 @@ class Run:
             "data": self.data.fingerprint,
             "mean": self.data.mean.tolist(),
             "std": self.data.std.tolist(),
+            "processes": self.processes.count,
             "step": self.step,
             "seconds": self.seconds,
             "state_dict": self.engine.evaluated_model.state_dict(),
@@ -352,8 +372,16 @@ class Run:
                     raise ValueError(f"{name} must be {ours}, as in config.json, got {theirs}")
             self.engine.load_state_dict(content["engine"])
             self.seconds = float(content["seconds"])
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            before, now = content.get("processes"), self.processes.count
+            if before not in (None, now) and not self.config.sync_bn:
+                self._said.append(
+                    f"resumed by {now} process{'es' * (now > 1)} after {before}: batch "
+                    f"normalisation is over {self.config.batch_size // now} images instead of "
+                    f"{self.config.batch_size // before}, so the results differ from those of an "
+                    f"undisturbed run"
+                )
+        except Exception as error:  # a value of the wrong kind can make anything stumble
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"resume: checkpoint {path} does not fit the run: {reason}") from None
 
 
