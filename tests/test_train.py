@@ -530,6 +530,18 @@ def test_finished_run_without_its_rows(finished, tmp_path, capsys):
     assert f"test accuracy {100 * accuracy:.2f} % after 3 epochs" in capsys.readouterr().out
 
 
+def test_curves_of_a_data_set_with_any_name(tmp_path, recwarn):
+    from cifar_resnet_fast.training.logbook import draw_curves
+
+    row = {"epoch": 1, "step": 4, "lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5}
+    row |= {"test_loss": 1.0, "test_accuracy": 0.5}
+    draw_curves(
+        tmp_path / "curves.png", [row], "ResNet-8 on \u7d75\u753b $\\frac{ \U0001f600", "test"
+    )
+    assert not recwarn.list
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
 def test_resume_with_other_settings(stopped, capsys):
     capsys.readouterr()
     shown = bad_input(["--resume", stopped, "--lr", "0.5"], capsys)

@@ -23,6 +23,7 @@ import io
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> Non
     epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 20 else None
     figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a data set can have any name
     loss, accuracy = figure.subplots(1, 2)
     scored = [row for row in rows if "test_accuracy" in row]
     for split, label, shown in (("train", "training", rows), ("test", evaluated, scored)):
@@ -218,7 +219,9 @@ def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> Non
         accuracy.set_title(f"{100 * last['test_accuracy']:.2f} % after epoch {last['epoch']}")
     accuracy.legend(loc="lower right")
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that the font lacks
+        figure.savefig(image, format="png", dpi=120)
     write_atomically(path, image.getvalue())
 
 
