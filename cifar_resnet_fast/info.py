@@ -5,7 +5,9 @@ Versions, devices, the compiled libraries, and for every operation and device wh
 """
 
 import importlib.metadata
+import os
 import platform
+import sys
 
 import torch
 
@@ -68,4 +70,7 @@ def device_lines() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join([*version_lines(), *extension_lines(), *device_lines()]))
+    try:
+        print("\n".join([*version_lines(), *extension_lines(), *device_lines()]), flush=True)
+    except BrokenPipeError:  # such as by head, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

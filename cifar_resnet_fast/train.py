@@ -10,9 +10,12 @@ mean and the standard deviation.
 import contextlib
 import json
 import math
+import os
+import signal
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +42,7 @@ from cifar_resnet_fast.training.run import (
 # what a command line may change with --resume: where things are and how they are shown
 _FREE_ON_RESUME = {"resume", "data_root", "device", "tensorboard", "timeout"}
 
+_SPEAKS_AFTER_SECONDS = 20.0  # torchrun ends the other processes long before
 _FP16_LOSS_SCALE = 1024.0  # a mean over 1024 pictures then has the gradients of their sum
 
 
@@ -77,20 +81,37 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; what was written before is whole", file=sys.stderr)
         return 130
     except ProcessLostError as error:
-        print(f"error: {error}; what was written before is whole", file=sys.stderr)
+        _print_error(f"{error}; what was written before is whole")
         return 1
     except BatchTooLargeError as error:
-        print(f"error: {with_flag_name(str(error))}", file=sys.stderr)
+        _print_error(with_flag_name(str(error)))
         if processes.rank == 0:
             held.close()
             _give_back(folder)
         return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except FloatingPointError as error:
+        _print_error(str(error))
+        return 1
+    except OSError as error:
+        _print_error(f"{error}; with room there again: {flag_of('resume')} {folder}")
         return 1
     finally:
         held.close()
     return 0
+
+
+def _print_error(message: str) -> None:
+    """One line on stderr. Of several processes the first one speaks for all, and another one only
+    if it is not ended with the first."""
+    rank, error_file = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if rank != "0":
+        time.sleep(_SPEAKS_AFTER_SECONDS)
+    # a name out of a file can have control characters in it
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"error: {message}")
+    print(line, file=sys.stderr, flush=True)
+    if error_file:  # what torchrun shows at the end of its own traceback
+        with contextlib.suppress(OSError):
+            Path(error_file).write_text(json.dumps({"message": line}))
 
 
 @contextlib.contextmanager
@@ -99,7 +120,7 @@ def _bad_input_exits():
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {with_flag_name(str(error))}", file=sys.stderr)
+        _print_error(with_flag_name(str(error)))
         raise SystemExit(2) from None
 
 
@@ -317,5 +338,19 @@ def _three_numbers(content: dict, key: str, path: str) -> torch.Tensor:
     return torch.tensor(values)
 
 
+def _command_line() -> None:
+    """Run ``main``, whose errors then stand alone on stderr, and end the process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see __init__.py
+    warnings.simplefilter("ignore")  # PyTorch's and Pillow's, on what main says itself
+    warnings.filterwarnings("default", message="checkpoint ")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    status = 130
+    with contextlib.suppress(KeyboardInterrupt):
+        status = main()
+    for number in (signal.SIGINT, signal.SIGTERM):  # asked twice: nothing is left to interrupt
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _command_line()

@@ -50,7 +50,7 @@ FLOORS = {
     "ops._sgd": 1.1,
     "ops._record_step": 1.1,
     "ops._linear_cross_entropy": 1.1,
-    "ops._conv_bn_relu.synchronised": 1.1,
+    "ops._conv_bn_relu.synchronised": 1.11,
     "ops": 1.2,
     "ops._load_batch": 1.1,
     "checkpoint": 1,

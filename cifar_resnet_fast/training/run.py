@@ -32,6 +32,7 @@ from cifar_resnet_fast.training.signals import StopRequest
 _SHOW_EVERY_SECONDS = 0.2
 _SAVE_EVERY_SECONDS = 10.0  # an epoch can take less time than a checkpoint's way to the disk
 _AGREE_EVERY_STEPS = 8
+_MOST_STEPS = 2**24  # which float32 counts, and whose learning rates fit into memory
 _CHECKPOINT = "checkpoint.pt"
 IMAGENET_STATISTICS = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
 
@@ -44,7 +45,8 @@ class RunData:
     """The two splits as loaders on this process's device, and what a checkpoint says about them.
 
     Raises:
-        ValueError: the batch size or the validation split does not fit the data
+        ValueError: the batch size, the validation split or the number of epochs does not fit the
+            data
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset, processes: Processes):
@@ -69,6 +71,11 @@ class RunData:
             flip=config.flip,
             **settings,
         )
+        if config.epochs * self.training.steps > _MOST_STEPS:
+            raise ValueError(
+                f"epochs must be at most {_MOST_STEPS // self.training.steps} at "
+                f"{self.training.steps} steps each, got {config.epochs}"
+            )
         self.testing = Loader(
             dataset.x_test,
             dataset.y_test,
@@ -96,7 +103,8 @@ class Run:
     Every process has one; the first one's shows, logs and writes.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another run or other data
+        ValueError: the checkpoint is damaged, or of another run or other data; or the run has too
+            many steps
     """
 
     def __init__(self, config: TrainConfig, folder: Path, data: RunData, processes: Processes):
