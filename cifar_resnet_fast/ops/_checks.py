@@ -12,6 +12,12 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def shown(value: Any) -> str:
+    """A value as an error shows it: in one line, of what is not a plain value the type alone."""
+    plain = isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
+    return repr(value) if plain else f"a {type(value).__name__}"
+
+
 def is_dense(value: Any) -> bool:
     """Whether ``value`` is a tensor whose elements lie in memory at its strides."""
     return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
@@ -60,7 +66,7 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
 def check_stride(stride: int) -> None:
     """``stride`` is 1 or 2; ValueError where not."""
     if type(stride) is not int or stride not in (1, 2):
-        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
+        raise ValueError(f"stride must be 1 or 2, got {shown(stride)}")
 
 
 def check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
@@ -135,16 +141,16 @@ def check_weight_dtype(name: str, weight: Tensor, x: Tensor) -> None:
 def check_count(name: str, value: int) -> None:
     """``value`` is a whole number; TypeError where not."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
+        raise TypeError(f"{name} must be a whole number, got {shown(value)}")
 
 
 def check_bool(name: str, value: bool) -> None:
     """``value`` is True or False; TypeError where not."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_number(name: str, value: float) -> None:
     """``value`` is a number; TypeError where not."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")

@@ -14,6 +14,7 @@ import os
 
 import torch
 
+from cifar_resnet_fast.ops._checks import shown
 from cifar_resnet_fast.ops._extension import why_not_extension
 
 IMPLEMENTATIONS = ("cuda", "triton", "reference")
@@ -38,13 +39,15 @@ def why_not(implementation: str, device: torch.device, operation: str) -> str | 
         ValueError: the implementation's or the operation's name is unknown
     """
     if not isinstance(device, torch.device):
-        raise TypeError(f"device must be a torch.device, got {device!r}")
+        raise TypeError(f"device must be a torch.device, got {shown(device)}")
     if not isinstance(operation, str) or operation not in OPERATIONS:
-        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
+        raise ValueError(
+            f"operation must be one of {', '.join(OPERATIONS)}, got {shown(operation)}"
+        )
     if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(('auto', *IMPLEMENTATIONS))}, "
-            f"got {implementation!r}"
+            f"got {shown(implementation)}"
         )
     if implementation not in OPERATIONS[operation]:
         return f"{operation} has no implementation of that name"

@@ -14,6 +14,7 @@ from cifar_resnet_fast.ops._checks import (
     check_dtype,
     check_shape,
     check_tensor,
+    shown,
 )
 from cifar_resnet_fast.ops._dispatch import choose
 
@@ -39,7 +40,7 @@ def normalized_bytes(mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
     if std.device != mean.device:
         raise ValueError(f"std must be on the device of mean, {mean.device}, got {std.device}")
     if dtype not in FLOATING:
-        raise TypeError(f"dtype must be {' or '.join(map(str, FLOATING))}, got {dtype!r}")
+        raise TypeError(f"dtype must be {' or '.join(map(str, FLOATING))}, got {shown(dtype)}")
     every = torch.arange(256, dtype=torch.uint8, device=mean.device).reshape(256, 1, 1, 1)
     return reference.normalize(every.expand(256, 1, 1, 3), mean, std, dtype)[:, :, 0, 0]
 
