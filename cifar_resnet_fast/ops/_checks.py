@@ -78,6 +78,8 @@ def check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
 def check_out_channels(name: str, in_channels: int, out_channels: int) -> None:
     """Half of the option-A shortcut's new channels go in front; ValueError where they cannot."""
     check_count(name, out_channels)
+    if out_channels > 2**20:  # 4 bytes each are then 4 MB a pixel
+        raise ValueError(f"{name} must be at most {2**20}, got {out_channels}")
     if out_channels < in_channels or (out_channels - in_channels) % 2:
         raise ValueError(
             f"{name} must be x's {in_channels} channels or an even number more, got {out_channels}"

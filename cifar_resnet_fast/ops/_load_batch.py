@@ -72,7 +72,8 @@ def load_batch(
         draws: [6, R] int32, contiguous, R a multiple of batch_size and below 2**31
         step: [] int64
         batch_size: at least 1
-        padding, cutout: at least 0
+        padding: 0 .. the longer side of an image
+        cutout: 0 .. 2**31 - 1
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
     Returns:
@@ -118,9 +119,9 @@ def load_batch(
             f"draws must have a multiple of the batch size {batch_size} of rows, below 2**31, "
             f"got {R}"
         )
-    for name, number in (("padding", padding), ("cutout", cutout)):
-        if number < 0:
-            raise ValueError(f"{name} must be 0 or more, got {number}")
+    for name, number, most in (("padding", padding, max(H, W)), ("cutout", cutout, 2**31 - 1)):
+        if not 0 <= number <= most:
+            raise ValueError(f"{name} must be 0 or more and at most {most}, got {number}")
     run = reference.load_batch
     if choose(implementation, images.device, "load_batch") == "triton":
         from cifar_resnet_fast.kernels.augment import load_batch as run
