@@ -72,7 +72,7 @@ def load_batch(
         draws: [6, R] int32, contiguous, R a multiple of batch_size and below 2**31
         step: [] int64
         batch_size: at least 1
-        padding: 0 .. the longer side of an image
+        padding: 0 .. 64
         cutout: 0 .. 2**31 - 1
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
@@ -119,7 +119,7 @@ def load_batch(
             f"draws must have a multiple of the batch size {batch_size} of rows, below 2**31, "
             f"got {R}"
         )
-    for name, number, most in (("padding", padding, max(H, W)), ("cutout", cutout, 2**31 - 1)):
+    for name, number, most in (("padding", padding, 64), ("cutout", cutout, 2**31 - 1)):
         if not 0 <= number <= most:
             raise ValueError(f"{name} must be 0 or more and at most {most}, got {number}")
     run = reference.load_batch
