@@ -187,6 +187,16 @@ def valid_calls():
             **{**unit, "stride": 1, "shortcut": None, "relu": True},
             **{"training": True, "momentum": 0.1, "eps": 1e-5},
         },
+        "linear_cross_entropy": {
+            **{"features": torch.randn(4, 3), "weight": torch.randn(2, 3), "bias": None},
+            **{"labels": torch.zeros(4, dtype=torch.int64), "label_smoothing": 0.1},
+        },
+        "record_step": {
+            **{"metrics": torch.zeros(3, 4), "loss": torch.tensor(1.0)},
+            **{"hits": torch.tensor(1.0), "skipped": torch.tensor(0, dtype=torch.int32)},
+            **{"step": torch.tensor(0), "lr": torch.tensor(0.1), "schedule": torch.ones(4)},
+            "advance": True,
+        },
         "shortcut_a": {"x": torch.randn(2, 4, 4, 4), "out_channels": 8, "stride": 2},
         "stage_border": {**z, "x": torch.randn(2, 8, 8, 8), "stride": 2},
         "trunk": {"pictures": torch.randn(2, 3, 4, 4), "units": units, "training": True},
@@ -203,6 +213,10 @@ def valid_calls():
 
 def nested_tensor():
     return torch.nested.nested_tensor([torch.ones(2), torch.ones(2)])
+
+
+def test_every_operation_is_tried():
+    assert valid_calls().keys() >= set(ops.OPERATIONS)
 
 
 ODD = {
@@ -227,7 +241,7 @@ def test_arguments_of_another_kind_are_named(operation, odd):
     run, arguments = getattr(ops, operation), valid_calls()[operation]
     run(**arguments)
     for name in arguments:
-        if odd == "None" and name in ("copy", "shortcut"):
+        if odd == "None" and name in ("copy", "shortcut", "bias"):
             continue
         word = name.removesuffix("s") if name == "units" else name
         with pytest.raises((TypeError, ValueError), match=rf"\b{word}"):
