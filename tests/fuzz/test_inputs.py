@@ -360,6 +360,8 @@ def test_flags(tmp_path, monkeypatch):
     monkeypatch.setattr("cifar_resnet_fast.data.datasets._why_unreachable", lambda *_: "offline")
     # what is right is not trained
     monkeypatch.setattr("cifar_resnet_fast.training.run.Run.train", lambda run: 0.5)
+    # with --limit 60000 all shapes are drawn, which takes its time
+    monkeypatch.setattr("cifar_resnet_fast.data.shapes.SIZES", {"train": 500, "test": 250})
     # FastResNet-12002 is right, and is not built here
     monkeypatch.setattr(
         "cifar_resnet_fast.training.run.FastResNet", lambda depth, *rest: FastResNet(8, *rest)
@@ -479,8 +481,6 @@ def test_operations():
 
     def check(value):
         (operation, name), odd = value
-        if operation == "load_batch" and name == "batch_size" and odd in (1, 2, 4):
-            return "taken"
         arguments = {**calls()[operation], name: odd}
         error = None
 
