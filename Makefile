@@ -3,6 +3,8 @@
 # make gpu-check        whether every kernel is right on this GPU: two minutes, a line a check, selfcheck.json
 # make bench            measure operations, kernels, steps and loaders on the GPU, and draw the report
 # make kernels-report   registers, spills and shared memory of every CUDA and Triton kernel; needs nvcc, no GPU
+# make fuzz             give new bad inputs of every kind to everything; MINUTES=30 says how long
+# make kill-test        kill and resume runs at random moments, half under torchrun; RUNS=100 kills
 # make lint             ruff and clang-format, as pre-commit runs them
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +17,7 @@ HAS_GPU = $(shell $(BIN)/python -c "import torch; print(int(torch.cuda.is_availa
 CPU_ARGS := --depth 8 --limit 10000 --epochs 10 --batch-size 128 --lr 0.2 --warmup-epochs 1 \
   --milestones 7 9
 
-.PHONY: train test gpu-check bench kernels-report lint
+.PHONY: train test gpu-check bench kernels-report fuzz kill-test lint
 train: $(INSTALLED)
 ifeq ($(strip $(ARGS)),)
 	@if [ "$(HAS_GPU)" = 0 ]; then \
@@ -40,6 +42,16 @@ bench: $(INSTALLED)
 kernels-report: $(INSTALLED)
 	$(BIN)/python tools/ptxas_report.py
 	$(BIN)/python -m tools.triton_report
+
+MINUTES ?= 30
+fuzz: $(INSTALLED)
+	FUZZ_MINUTES=$(MINUTES) FUZZ_TABLE=fuzz.jsonl \
+	  $(BIN)/python -m pytest -s -o timeout=0 tests/fuzz/test_inputs.py
+	cat fuzz.jsonl
+
+RUNS ?= 100
+kill-test: $(INSTALLED)
+	KILL_RUNS=$(RUNS) $(BIN)/python -m pytest -o timeout=0 tests/fuzz/test_kills.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ TORCH_CUDA_ARCH_LIST     as in torch.utils.cpp_extension; default: those of the 
 CUDA_HOME, CXX, MAX_JOBS as in torch.utils.cpp_extension
 """
 
+import contextlib
 import json
 import os
 import re
@@ -108,9 +109,26 @@ def find_cuda_home() -> Path | None:
     return None
 
 
-def ask_nvcc(home: Path, flag: str) -> str:
-    command = [str(home / "bin/nvcc"), flag]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+class NvccError(Exception):
+    """nvcc cannot be run, fails, or answers what nothing can be read from."""
+
+
+def ask_nvcc(home: Path, flag: str, pattern: str) -> re.Match:
+    """The first match of ``pattern`` in nvcc's answer to ``flag``; NvccError if there is none."""
+    nvcc = home / "bin/nvcc"
+    try:
+        done = subprocess.run(
+            [str(nvcc), flag], capture_output=True, text=True, errors="replace", timeout=60
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NvccError(f"{nvcc} cannot be run: {first_line(error)}") from None
+    said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+    if done.returncode:
+        raise NvccError(f"{nvcc} {flag} fails with status {done.returncode}: {said[-1][:200]}")
+    found = re.search(pattern, done.stdout)
+    if found is None:
+        raise NvccError(f"{nvcc} {flag} answers oddly: {said[0][:200]}")
+    return found
 
 
 def why_not_cuda(home: Path | None) -> str | None:
@@ -124,7 +142,11 @@ def why_not_cuda(home: Path | None) -> str | None:
             f"there is no CUDA toolkit (nvcc and headers; torch has CUDA {torch.version.cuda}; "
             f"CUDA_HOME names one); {WITHOUT_CUDA}"
         )
-    toolkit = re.search(r"release (\d+\.\d+)", ask_nvcc(home, "--version"))[1]
+    try:
+        toolkit = ask_nvcc(home, "--version", r"release (\d+\.\d+)")[1]
+        ask_nvcc(home, "--list-gpu-arch", "compute_")
+    except NvccError as error:
+        return f"{error}; {WITHOUT_CUDA}"
     if toolkit.split(".")[0] != torch.version.cuda.split(".")[0]:
         return (
             f"the toolkit is CUDA {toolkit}, torch has CUDA {torch.version.cuda}; {WITHOUT_CUDA}"
@@ -183,7 +205,7 @@ def libraries() -> list:
         leave_out("_cuda", reason)
         return extensions
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # torch would ask the GPU, which may be absent
-        known = ask_nvcc(home, "--list-gpu-arch")
+        known = ask_nvcc(home, "--list-gpu-arch", r"(?s).*compute_.*")[0]
         chosen = [a for a in visible_architectures() or ARCHITECTURES if compute_name(a) in known]
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen or ARCHITECTURES) + "+PTX"
     record["architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
@@ -198,8 +220,45 @@ def name_of(extension) -> str:
     return extension.name.rpartition(".")[2]
 
 
+@contextlib.contextmanager
+def everything_said(log: Path):
+    """What this process and its children print goes into a file, and is then printed."""
+    log.parent.mkdir(exist_ok=True)
+    kept = [(stream, os.dup(stream.fileno())) for stream in (sys.__stdout__, sys.__stderr__)]
+    with open(log, "wb") as file:
+        for stream, _ in kept:
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+        try:
+            yield
+        finally:
+            for stream, before in kept:
+                stream.flush()
+                os.dup2(before, stream.fileno())
+                os.close(before)
+    print(log.read_text(errors="replace"), end="", file=sys.stderr)
+
+
+def last_error(log: Path) -> str | None:
+    """The last line of a compiler's or linker's output that is about an error."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    told = [
+        line
+        for line in lines
+        if re.search(r"error|cannot find|undefined reference", line, re.IGNORECASE)
+        # what only says that there was one
+        and not re.match(
+            r"(ninja|collect2|error: command|\d+ errors?\b|subprocess\.|Runtime|Traceb)", line
+        )
+    ]
+    return told[-1][:300] if told else None
+
+
 def build_libraries_command() -> type:
-    """torch's build command, which in mode auto records a failure in place of failing."""
+    """torch's build command, which in mode auto records a failure in place of failing.
+
+    What the compilers say is kept whole in build/LIBRARY.log if one of them fails.
+    """
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildLibraries(BuildExtension):
@@ -215,24 +274,26 @@ def build_libraries_command() -> type:
                     self.failed(extension, error)
 
         def build_extension(self, extension):
+            log = Path("build", f"{name_of(extension)}.log").absolute()
             try:
-                super().build_extension(extension)
+                with everything_said(log):
+                    super().build_extension(extension)
             except Exception as error:
-                self.failed(extension, error)
+                self.failed(extension, error, log)
             else:
                 record["built"].append(name_of(extension))
+                log.unlink()
 
-        def failed(self, extension, error):
+        def failed(self, extension, error, log=None):
             if mode != "auto":
                 raise error
             name = name_of(extension)
             if name not in record["built"]:
                 what = first_line(error)
+                if log is not None:
+                    what = f"{last_error(log) or what}; all of it: {log}"
                 cost = WITHOUT_C if name == "_C" else WITHOUT_CUDA
-                leave_out(
-                    name,
-                    f"compiling failed ({what}; {PACKAGE.upper()}_BUILD=cuda shows all); {cost}",
-                )
+                leave_out(name, f"compiling failed ({what}); {cost}")
 
     return BuildLibraries
 

@@ -36,7 +36,7 @@ def train_once(settings: dict, folder: Path) -> tuple[list[dict], float]:
     status = train.main(arguments)
     if status:
         raise SystemExit(status)
-    return read_metrics(folder), time.monotonic() - began
+    return read_metrics(folder)[0], time.monotonic() - began
 
 
 def result(rows: list[dict], total: float, target: float) -> dict:

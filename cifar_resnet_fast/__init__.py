@@ -6,6 +6,12 @@ and ``python -m cifar_resnet_fast.train`` train. Needs neither a GPU nor a compi
 """
 
 import importlib
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # python -m imports this for one of the command lines: until it runs, Ctrl-C ends the process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from cifar_resnet_fast.modules import ConvBNReLU
 from cifar_resnet_fast.pretrained import models

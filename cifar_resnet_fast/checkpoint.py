@@ -2,18 +2,21 @@
 
 A checkpoint is a dictionary of tensors and plain values. Writing goes to a temporary file in the
 same folder that is flushed to the disk and then renamed, so a crash, a SIGKILL or a full disk
-leaves the file before it untouched. Reading uses ``weights_only=True`` and checks what the file
-claims to hold against its size before memory is taken.
+leaves the file before it untouched. Reading uses ``weights_only=True``, checks what the file
+claims to hold against its size before memory is taken, and verifies the checksums of its archive,
+which PyTorch's own reader does not look at.
 """
 
 import io
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -61,15 +64,19 @@ def read_checkpoint(path: str | Path) -> dict:
         FileNotFoundError: there is no such file
         ValueError: it is not a checkpoint, is damaged, unpacks to more than its own size, or
             holds something else than tensors and plain values
+
+    Warns:
+        UserWarning: the file was written without checksums, so damage would not be noticed
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} must be a file, found none there")
     try:
         _check_beginning(path)
-        if zipfile.is_zipfile(path):
-            _check_unpacked_size(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        has_checksums = _verify(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's, on tensors that are checked by their user
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         met = re.search(r"GLOBAL ([\w.]+)", str(error))
         if met:
@@ -89,7 +96,68 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(
             f"checkpoint {path} must hold a dictionary, got a {type(content).__name__}"
         )
+    if not has_checksums:
+        warnings.warn(
+            f"checkpoint {path} holds no checksums, so damage to it cannot be noticed",
+            stacklevel=2,
+        )
     return content
+
+
+def check_holds(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """The file holds its tensors' elements, each as it is and once.
+
+    Raises:
+        ValueError: a tensor is sparse, nested, quantised or without data, or all together claim
+            more elements than the file has room for
+    """
+    claimed, size = 0, Path(path).stat().st_size
+    for key, value in tensors.items():
+        kind = next(
+            (
+                name
+                for name, found in (
+                    ("nested", value.is_nested),
+                    (str(value.layout).removeprefix("torch."), value.layout != torch.strided),
+                    ("quantised", value.is_quantized),
+                    ("meta", value.is_meta),
+                )
+                if found
+            ),
+            None,
+        )
+        if kind is not None:
+            raise ValueError(
+                f"checkpoint {path}: {key} must be a dense tensor with its data, got a {kind} one"
+            )
+        claimed += value.numel() * value.element_size()
+    if claimed > size:
+        raise ValueError(
+            f"checkpoint {path} must hold the {claimed} bytes of its tensors, it has {size}"
+        )
+
+
+def check_weight(path: str | Path, key: str, value: Tensor, like: Tensor) -> None:
+    """``value``, read from ``path`` as ``key``, can replace ``like``, the model's.
+
+    Raises:
+        ValueError: it is of another shape or kind of dtype, not finite, or a variance below 0
+    """
+    rule = got = None
+    if value.shape != like.shape:
+        rule, got = f"have shape {tuple(like.shape)}", tuple(value.shape)
+    elif value.is_floating_point() != like.is_floating_point() or value.is_complex():
+        kind = "a floating" if like.is_floating_point() else "an integer"
+        rule, got = f"be of {kind} dtype", value.dtype
+    elif value.is_floating_point():
+        values = value.to(like.dtype)  # a number can also be too large for the model's dtype
+        wrong = values[~values.isfinite()]
+        if wrong.numel():
+            rule, got = f"be finite in {like.dtype}", wrong[0].item()
+        elif key.endswith("running_var") and values.min() < 0:
+            rule, got = "be 0 or more", values.min().item()
+    if rule is not None:
+        raise ValueError(f"checkpoint {path}: {key} must {rule}, got {got}")
 
 
 def _check_beginning(path: Path) -> None:
@@ -102,11 +170,31 @@ def _check_beginning(path: Path) -> None:
         raise ValueError("it is an HTML page, not the file that was to be downloaded")
 
 
-def _check_unpacked_size(path: Path) -> None:
+def _verify(path: Path) -> bool:
+    """Compare every part of the archive with its checksum; returns whether there are any.
+
+    Files in PyTorch's format from before 1.6 have none, nor have those that were written after
+    ``torch.serialization.set_crc32_options(False)``.
+
+    Raises:
+        ValueError: a checksum differs, the archive is not whole, or is compressed
+    """
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise ValueError("the end of its archive is missing or damaged")
+        return False
     with zipfile.ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    size = path.stat().st_size
-    if unpacked > size:
-        raise ValueError(
-            f"must be stored uncompressed, as torch.save does; {size} bytes unpack to {unpacked}"
-        )
+        entries = [entry for entry in archive.infolist() if entry.file_size]
+        unpacked, size = sum(entry.file_size for entry in entries), path.stat().st_size
+        if unpacked > size:
+            raise ValueError(
+                f"must be stored uncompressed, as torch.save does; {size} bytes unpack to "
+                f"{unpacked}"
+            )
+        if not any(entry.CRC for entry in entries):
+            return False
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged!r} inside does not have its checksum: the file is damaged")
+    return True

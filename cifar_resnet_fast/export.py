@@ -195,7 +195,7 @@ def card_of(path: Path, model: FastResNet) -> dict[str, Any]:
     card = {**{name: getattr(model, name) for name in NETWORK}, **model.card}
     if path.name == "checkpoint.pt":
         step = read_checkpoint(path).get("step")
-        row = next((row for row in read_metrics(path.parent) if row["step"] == step), None)
+        row = next((row for row in read_metrics(path.parent)[0] if row["step"] == step), None)
         if row is not None:
             validation = card.get("training", {}).get("validation")
             card["evaluated_on"] = "validation" if validation else "test"

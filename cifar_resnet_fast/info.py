@@ -6,7 +6,9 @@ Needs neither a GPU, Triton nor the extension.
 """
 
 import importlib.metadata
+import os
 import platform
+import sys
 
 import torch
 
@@ -87,4 +89,7 @@ def verdict_lines(device: torch.device) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join([*version_lines(), *extension_lines(), *device_lines()]))
+    try:
+        print("\n".join([*version_lines(), *extension_lines(), *device_lines()]), flush=True)
+    except BrokenPipeError:  # such as by head, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

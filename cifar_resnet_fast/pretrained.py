@@ -5,6 +5,7 @@ num_classes, shortcut, width, mean, std, class_names, dataset, accuracy and how 
 The package's networks lie in ``weights/`` as NAME.safetensors and NAME.json.
 """
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cifar_resnet_fast.checkpoint import read_checkpoint, write_atomically
+from cifar_resnet_fast.checkpoint import (
+    check_holds,
+    check_weight,
+    read_checkpoint,
+    write_atomically,
+)
 
 FOLDER = Path(__file__).parent / "weights"
 WEIGHTS, CARD = "model.safetensors", "config.json"
@@ -147,12 +153,23 @@ def read_weights(path: str | Path) -> Weights:
             f"checkpoint {path} must hold as many blocks in each of three stages, got "
             f"{', '.join(map(str, blocks))}"
         )
+    width = max(len(state["conv1.weight"]) // 16, 1)
+    # before a network is built for a file that only claims to hold one
+    for stage, block in itertools.product(range(3), range(blocks[0])):
+        for conv in ("conv1", "conv2"):
+            key, channels = f"layer{stage + 1}.{block}.{conv}.weight", 16 * width * 2**stage
+            if key not in state or state[key].shape[:1] != (channels,):
+                got = tuple(state[key].shape) if key in state else "none"
+                raise ValueError(
+                    f"checkpoint {path}: ResNet-{6 * blocks[0] + 2} must have {key} with "
+                    f"{channels} filters, got {got}"
+                )
     return Weights(
         state,
         6 * blocks[0] + 2,
         len(state["linear.weight"]),
         "B" if any(".shortcut." in key for key in state) else "A",
-        max(len(state["conv1.weight"]) // 16, 1),
+        width,
         card,
     )
 
@@ -167,7 +184,8 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             last layer may be called ``fc``, an option-B shortcut ``downsample``
 
     Raises:
-        FileNotFoundError, ValueError: as ``read_checkpoint``; or two tensors have one name
+        FileNotFoundError, ValueError: as ``read_checkpoint`` and ``check_holds``; or two tensors
+            have one name
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -197,6 +215,7 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"for {name}"
             )
         state[name], origin[name] = value, str(key)
+    check_holds(path, state)
     return state, card
 
 
@@ -280,7 +299,7 @@ def _card_of_checkpoint(content: dict) -> dict[str, Any]:
 
 
 def check_fits(path: str | Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """``state`` can replace ``expected``: the same keys, shapes, and kinds of dtype.
+    """``state`` can replace ``expected``: the same keys, and ``check_weight`` takes each tensor.
 
     Raises:
         ValueError: names the key that does not fit
@@ -293,16 +312,7 @@ def check_fits(path: str | Path, state: dict[str, Tensor], expected: dict[str, T
         what, key = ("lacks", min(missing)) if missing else ("has an unknown", min(unknown))
         raise ValueError(f"checkpoint {path} must have the keys of the model: it {what} {key}")
     for key, value in state.items():
-        if value.shape != expected[key].shape:
-            raise ValueError(
-                f"checkpoint {path}: {key} must have shape {tuple(expected[key].shape)}, "
-                f"got {tuple(value.shape)}"
-            )
-        if value.dtype.is_floating_point != expected[key].dtype.is_floating_point:
-            kind = "a floating" if expected[key].dtype.is_floating_point else "an integer"
-            raise ValueError(
-                f"checkpoint {path}: {key} must be of {kind} dtype, got {value.dtype}"
-            )
+        check_weight(path, key, value, expected[key])
 
 
 def take(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

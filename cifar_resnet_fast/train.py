@@ -12,10 +12,14 @@ mean and the standard deviation.
 
 import contextlib
 import json
+import math
+import os
+import signal
 import statistics
 import sys
 import time
 import types
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -38,13 +42,13 @@ from cifar_resnet_fast.training.evaluate import (
     predict,
     write_predictions,
 )
+from cifar_resnet_fast.training.folder import hold, is_free
 from cifar_resnet_fast.training.memory import BatchTooLargeError
 from cifar_resnet_fast.training.run import (
     IMAGENET_STATISTICS,
     Run,
     RunData,
     RunStopped,
-    last_accuracy,
     write_json,
 )
 
@@ -81,6 +85,7 @@ _WITH_EVAL = {
     "no_selfcheck",
 }
 
+_SPEAKS_AFTER_SECONDS = 20.0  # torchrun ends the other processes long before
 _FP16_LOSS_SCALE = 1024.0  # a mean over 1024 pictures then has the gradients of their sum
 
 
@@ -130,15 +135,18 @@ def train(
     defaults = TrainConfig()
     names = (item.name for item in fields(config))
     given = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(defaults, n)}
-    job = _prepared(config, given, Processes(_device_name(config), config.timeout), dataset)
-    try:
-        (result,) = _train(job, on_epoch)
-    except RunStopped as stopped:
-        raise KeyboardInterrupt(str(stopped)) from None
-    except BatchTooLargeError:
-        if job.processes.rank == 0:
-            _give_back(job.folder)
-        raise
+    processes = Processes(_device_name(config), config.timeout)
+    with contextlib.ExitStack() as held:  # the run's folder, by the first process
+        job = _prepared(config, given, processes, held, dataset)
+        try:
+            (result,) = _train(job, on_epoch)
+        except RunStopped as stopped:
+            raise KeyboardInterrupt(str(stopped)) from None
+        except BatchTooLargeError:
+            if processes.rank == 0:
+                held.close()
+                _give_back(job.folder)
+            raise
     return result
 
 
@@ -148,13 +156,14 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         exit status: 0 done, 1 failed on the way, 2 bad input, 130 stopped by the user
     """
+    held = contextlib.ExitStack()  # the run's folder, by the first process
     try:
         with _bad_input_exits():
             config, given = parse_flags(arguments)
             if config.eval is not None:
                 return _evaluate(config, given)
             processes = Processes(_device_name(config), config.timeout)
-            job = _prepared(config, given, processes)
+            job = _prepared(config, given, processes, held)
         results = _train(job, bad_input=_bad_input_exits)
         if job.config.runs > 1 and processes.rank == 0:
             _summarize(job.folder, job.config, [result.accuracy for result in results])
@@ -166,17 +175,37 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; what was written before is whole", file=sys.stderr)
         return 130
     except ProcessLostError as error:
-        print(f"error: {error}; what was written before is whole", file=sys.stderr)
+        _print_error(f"{error}; what was written before is whole")
         return 1
     except BatchTooLargeError as error:
-        print(f"error: {with_flag_name(str(error))}", file=sys.stderr)
+        _print_error(with_flag_name(str(error)))
         if processes.rank == 0:
+            held.close()
             _give_back(job.folder)
         return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except FloatingPointError as error:
+        _print_error(str(error))
         return 1
+    except OSError as error:
+        _print_error(f"{error}; with room there again: {flag_of('resume')} {job.folder}")
+        return 1
+    finally:
+        held.close()
     return 0
+
+
+def _print_error(message: str) -> None:
+    """One line on stderr. Of several processes the first one speaks for all, and another one only
+    if it is not ended with the first."""
+    rank, error_file = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if rank != "0":
+        time.sleep(_SPEAKS_AFTER_SECONDS)
+    # a name out of a file can have control characters in it
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"error: {message}")
+    print(line, file=sys.stderr, flush=True)
+    if error_file:  # what torchrun shows at the end of its own traceback
+        with contextlib.suppress(OSError):
+            Path(error_file).write_text(json.dumps({"message": line}))
 
 
 @contextlib.contextmanager
@@ -185,7 +214,7 @@ def _bad_input_exits():
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {with_flag_name(str(error))}", file=sys.stderr)
+        _print_error(with_flag_name(str(error)))
         raise SystemExit(2) from None
 
 
@@ -209,25 +238,34 @@ def _train(
     """The runs of a job, one after the other; ``bad_input`` is around all that is not training."""
     config, results = job.config, []
     for seed in range(config.seed, config.seed + config.runs):
-        with bad_input():
-            place = job.folder if config.runs == 1 else job.folder / f"seed-{seed}"
-            run = Run(replace(config, seed=seed, runs=1), place, job.data, job.processes)
-        rows = run.train(on_epoch)
-        results.append(Result(run.trained, rows, last_accuracy(rows), place))
+        with contextlib.ExitStack() as held:
+            with bad_input():
+                place = job.folder if config.runs == 1 else job.folder / f"seed-{seed}"
+                if config.runs > 1 and job.processes.rank == 0:
+                    place.mkdir(exist_ok=True)
+                    held.enter_context(hold(place))
+                run = Run(replace(config, seed=seed, runs=1), place, job.data, job.processes)
+            rows = run.train(on_epoch)
+            results.append(Result(run.trained, rows, run.accuracy, place))
     job.processes.leave()
     return results
 
 
 def _prepared(
-    config: TrainConfig, given: dict, processes: Processes, dataset: Dataset | None = None
+    config: TrainConfig,
+    given: dict,
+    processes: Processes,
+    held: contextlib.ExitStack,
+    dataset: Dataset | None = None,
 ) -> _Job:
-    """The settings, the folder and the data of a run; the first process finds out for all."""
+    """The settings, the folder and the data of a run; the first process finds out for all, and
+    has the folder until ``held`` is closed."""
     folder = None
     if dataset is not None and not config.resume:
         config = replace(config, dataset=dataset.name)
     if processes.rank == 0:
         if config.resume:
-            config, folder = _resumed(config, given)
+            config, folder = _resumed(config, given, held)
         else:
             config = _resolved(config, given, processes, named=dataset is None)
     config, folder = processes.tell((config, folder))
@@ -240,7 +278,7 @@ def _prepared(
     data = RunData(config, dataset, processes)
     if processes.rank == 0:
         if folder is None:
-            folder = _claim_folder(config)
+            folder = _claim_folder(config, held)
         elif "epochs" in given:
             write_json(folder / "config.json", config.to_dict())
     return _Job(config, processes.tell(folder), data, processes)
@@ -297,16 +335,20 @@ def _resolved(config: TrainConfig, given: dict, processes: Processes, named: boo
     return _with_precision(replace(config, dataset=dataset, data_root=root))
 
 
-def _resumed(config: TrainConfig, given: dict) -> tuple[TrainConfig, Path]:
+def _resumed(
+    config: TrainConfig, given: dict, held: contextlib.ExitStack
+) -> tuple[TrainConfig, Path]:
     """The settings that a stopped run began with, and its folder."""
     folder = Path(config.resume)
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"resume must name the folder of a run, found no {path}")
+        begin = f"; nothing was begun there: {flag_of('out')} {folder}" * is_free(folder)
+        raise ValueError(f"resume must name the folder of a run, found no {path}{begin}")
+    held.enter_context(hold(folder))
     try:
         values = json.loads(path.read_text())
         begun = TrainConfig.from_dict(values)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"resume: {path} is damaged: {error}") from None
     for name, value in given.items():
         if name not in _FREE_ON_RESUME and value != getattr(begun, name):
@@ -324,14 +366,14 @@ def _resumed(config: TrainConfig, given: dict) -> tuple[TrainConfig, Path]:
 
 def _check_free(folder: Path) -> None:
     """``folder`` can become a run's: it is new or empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_free(folder):
         raise ValueError(
             f"out must be a new or an empty folder, got {folder}, which holds something; "
             f"to go on with a run there: {flag_of('resume')} {folder}"
         )
 
 
-def _claim_folder(config: TrainConfig) -> Path:
+def _claim_folder(config: TrainConfig, held: contextlib.ExitStack) -> Path:
     """Make the run's folder with its config.json, and nobody else's."""
     started = time.strftime("%Y%m%d-%H%M%S")
     default = f"runs/{Path(config.dataset).stem}-resnet{config.depth}-{started}"
@@ -342,6 +384,8 @@ def _claim_folder(config: TrainConfig) -> Path:
     _check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=config.out is not None)
+        held.enter_context(hold(folder))
+        _check_free(folder)  # another process may have had it before
         write_json(folder / "config.json", config.to_dict())
     except OSError as error:
         raise ValueError(f"out must be a folder that can be written: {error}") from None
@@ -501,6 +545,9 @@ def _three_numbers(content: dict, key: str, path: str) -> torch.Tensor:
     values = content.get(key)
     if not isinstance(values, list) or [type(value) for value in values] != [float] * 3:
         raise ValueError(f"eval: checkpoint {path} must have three numbers as its {key}")
+    if not all(math.isfinite(value) and (key == "mean" or value > 0) for value in values):
+        rule = "finite numbers" + (" above 0" if key == "std" else "")
+        raise ValueError(f"eval: checkpoint {path} must have {rule} as its {key}, got {values}")
     return torch.tensor(values)
 
 
@@ -513,5 +560,20 @@ class _CallableModule(types.ModuleType):
 
 sys.modules[__name__].__class__ = _CallableModule
 
+
+def _command_line() -> None:
+    """Run ``main``, whose errors then stand alone on stderr, and end the process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see __init__.py
+    warnings.simplefilter("ignore")  # PyTorch's and Pillow's, on what main says itself
+    warnings.filterwarnings("default", message="checkpoint ")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    status = 130
+    with contextlib.suppress(KeyboardInterrupt):
+        status = main()
+    for number in (signal.SIGINT, signal.SIGTERM):  # asked twice: nothing is left to interrupt
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _command_line()

@@ -202,6 +202,62 @@ def test_a_compiler_that_fails_is_recorded_too(checkout):
     assert "then run" in record["missing"]["_C"]
 
 
+def test_the_whole_output_of_a_failed_build_is_kept(checkout):
+    """And the reason is the linker's last word, not the command that failed."""
+    compiler = checkout / "c++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-shared*) echo /usr/bin/ld: cannot find -lcudart >&2;\n'
+        "echo collect2: error: ld returned 1 exit status >&2; exit 1;; esac\n"
+        'for last; do :; done\nprevious=\nfor word; do [ "$previous" = -o ] && touch $word; '
+        "previous=$word; done\nexit 0\n"
+    )
+    compiler.chmod(0o755)
+    result = build(
+        checkout,
+        *("build", "--build-lib", "built"),
+        CXX=str(compiler),
+        CC=str(compiler),
+        LDCXXSHARED=f"{compiler} -shared",
+        LDSHARED=f"{compiler} -shared",
+        CIFAR_RESNET_FAST_BUILD="auto",
+        CUDA_HOME="/nowhere",
+    )
+    assert result.returncode == 0, result.stderr
+    record = json.loads((checkout / "built/cifar_resnet_fast/_build_info.json").read_text())
+    log = checkout / "build/_C.log"
+    reason = record["missing"]["_C"]
+    assert reason.startswith(
+        f"compiling failed (/usr/bin/ld: cannot find -lcudart; all of it: {log})"
+    )
+    assert "ld returned 1 exit status" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "mode", "reason"),
+    [
+        ("#!/bin/sh\necho broken >&2; exit 3\n", 0o755, "--version fails with status 3: broken"),
+        ("#!/bin/sh\necho hello\n", 0o755, "--version answers oddly: hello"),
+        ("#!/bin/sh\n", 0o644, "cannot be run: [Errno 13]"),
+        ("no program", 0o755, "cannot be run: [Errno 8]"),
+    ],
+    ids=["fails", "odd", "not-executable", "no-program"],
+)
+def test_an_nvcc_that_is_none_is_recorded(checkout, script, mode, reason):
+    if torch.version.cuda is None or shutil.which("c++") is None:
+        pytest.skip("there is nothing to compile for")
+    home = checkout / "toolkit"
+    for name in ("bin/nvcc", "include/cuda_runtime.h"):
+        (home / name).parent.mkdir(parents=True)
+        (home / name).write_text(script)
+    (home / "bin/nvcc").chmod(mode)
+    result = build(checkout, *DRY, CUDA_HOME=str(home))
+    assert result.returncode == 0, result.stderr
+    record = json.loads((checkout / "built/cifar_resnet_fast/_build_info.json").read_text())
+    assert list(record["missing"]) == ["_cuda"]
+    assert reason in record["missing"]["_cuda"]
+    assert "then run" in record["missing"]["_cuda"]
+
+
 def test_libraries_of_an_earlier_build_are_not_kept(checkout):
     stale = checkout / "built/cifar_resnet_fast/_cuda.abi3.so"
     stale.parent.mkdir(parents=True)

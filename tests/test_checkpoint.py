@@ -131,6 +131,7 @@ def test_untrusted_files(tmp_path, capfd, make, message):
     assert "executed" not in capfd.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:checkpoint .* holds no checksums")
 def test_no_damage_ends_in_another_error(tmp_path):
     """A byte of a small checkpoint overwritten anywhere: it loads, or it is a ValueError."""
     path = tmp_path / "fuzzed.pt"
@@ -143,6 +144,55 @@ def test_no_damage_ends_in_another_error(tmp_path):
             # any other error than a ValueError fails the test
             with contextlib.suppress(ValueError):
                 assert isinstance(read_checkpoint(path), dict)
+
+
+def saved_without_checksums(path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(1000)}, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def test_no_flipped_bit_changes_a_value(tmp_path):
+    """PyTorch alone takes most of these files, with other numbers in them."""
+    path, taken = tmp_path / "flipped.pt", 0
+    torch.save({"a": torch.arange(1000.0)}, path)
+    data = path.read_bytes()
+    for place in range(0, len(data), 37):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        try:
+            content = read_checkpoint(path)
+        except ValueError:
+            continue
+        taken += 1  # a flip in what pads the parts of the archive
+        assert torch.equal(content["a"], torch.arange(1000.0)), place
+    assert taken < len(data) / 37 / 4
+
+
+def test_end_of_the_archive_is_damaged(tmp_path):
+    path = tmp_path / "cut.pt"
+    torch.save({"a": torch.ones(10)}, path)
+    path.write_bytes(path.read_bytes().replace(b"PK\x05\x06", b"PK\x05\x07"))
+    with pytest.raises(ValueError, match="end of its archive is missing or damaged"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        saved_without_checksums,
+        lambda path: torch.save({"a": torch.ones(9)}, path, _use_new_zipfile_serialization=False),
+    ],
+    ids=["switched-off", "legacy"],
+)
+def test_files_without_checksums_are_read_and_said_to_be(tmp_path, save):
+    save(tmp_path / "old.pt")
+    with pytest.warns(UserWarning, match="old.pt holds no checksums") as said:
+        content = read_checkpoint(tmp_path / "old.pt")
+    assert content["a"].sum() == len(content["a"])
+    assert len(said) == 1
 
 
 def test_missing_file(tmp_path):

@@ -1,6 +1,9 @@
 """Data sets: the drawn one, files, folders, CIFAR, and what happens when they are wrong."""
 
 import hashlib
+import os
+import shutil
+import tarfile
 import time
 import zipfile
 
@@ -100,6 +103,75 @@ def test_wrong_npz_is_named(tmp_path, changes, message):
     assert "\n" not in str(error.value)
 
 
+def rewritten(path, change):
+    """The archive at ``path`` anew, with its members by name as ``change`` has them."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in change(members).items():
+            archive.writestr(name, data)
+
+
+def test_npz_with_labels_as_keras_has_them_and_in_fortran_order(tmp_path):
+    expected = arrays()
+    changed = {key: a.reshape(-1, 1) for key, a in expected.items() if key.startswith("y")}
+    changed |= {key: np.asfortranarray(a) for key, a in expected.items() if key.startswith("x")}
+    np.savez(tmp_path / "keras.npz", **changed)
+    dataset = load_dataset(str(tmp_path / "keras.npz"), tmp_path)
+    for key, values in expected.items():
+        assert torch.equal(getattr(dataset, key), torch.from_numpy(values)), key
+    assert dataset.x_train.is_contiguous()
+
+
+@pytest.mark.parametrize("label", [10**9, 2**62, 2**63 + 5])
+def test_npz_with_huge_labels_is_refused_at_once(tmp_path, label):
+    labels = np.full(20, label, np.uint64)
+    np.savez(tmp_path / "many.npz", **arrays(y_train=labels))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=f"y_train must be in 0 .. 9999, got {label}"):
+        load_dataset(str(tmp_path / "many.npz"), tmp_path)
+    assert time.monotonic() - began < 5
+
+
+def header_that_does_not_close(members):
+    data = members["x_train.npy"]
+    return {**members, "x_train.npy": data.replace(b"}", b"(", 1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (header_that_does_not_close, "header"),
+        (lambda m: {**m, "x_train": b"twin"}, "each array once, got x_train and x_train.npy"),
+    ],
+    ids=["header", "twin"],
+)
+def test_npz_of_another_making(tmp_path, change, message):
+    path = tmp_path / "made.npz"
+    np.savez(path, **arrays())
+    rewritten(path, change)
+    with pytest.raises(ValueError, match=message) as error:
+        load_dataset(str(path), tmp_path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("place", "value"), [(8, 99), (6, 1)], ids=["compression", "encrypted"])
+def test_npz_with_an_archive_that_cannot_be_unpacked(tmp_path, place, value):
+    path = tmp_path / "packed.npz"
+    np.savez(path, **arrays())
+    data = bytearray(path.read_bytes())
+    for start, shift in ((b"PK\3\4", 0), (b"PK\1\2", 2)):
+        at = data.find(start)
+        while at >= 0:
+            data[at + place + shift] = value
+            at = data.find(start, at + 4)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="packed.npz: ") as error:
+        load_dataset(str(path), tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_truncated_npz(tmp_path):
     path = tmp_path / "cut.npz"
     np.savez(path, **arrays())
@@ -175,6 +247,46 @@ def test_wrong_folders_are_named(tmp_path):
         load_dataset(str(tmp_path / "more"), tmp_path)
 
 
+def test_hidden_entries_are_neither_classes_nor_pictures(tmp_path):
+    write_folder(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / split / ".ipynb_checkpoints").mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / split / ".ipynb_checkpoints/1.png")
+        (tmp_path / split / "cat/.ipynb_checkpoints").mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / split / "cat/.ipynb_checkpoints/1.png")
+        (tmp_path / split / ".DS_Store").write_bytes(b"x")
+        (tmp_path / split / "cat/.DS_Store").write_bytes(b"x")
+        (tmp_path / split / "cat/._1.png").write_bytes(b"x")
+    dataset = load_dataset(str(tmp_path), tmp_path)
+    assert dataset.classes == ("cat", "dog")
+    assert len(dataset.x_train) == 6
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path, mode):
+    """Their pixels would be clipped: white or black pictures."""
+    write_folder(tmp_path)
+    path = tmp_path / "train/dog/deep.tif"
+    Image.fromarray(np.full((32, 32), 3000, np.float32)).convert("F").convert(
+        mode if mode != "I;16" else "I"
+    ).convert(mode).save(path)
+    with pytest.raises(ValueError, match=rf"deep.tif: must have 8 bits a channel .*{mode}$"):
+        load_dataset(str(tmp_path), tmp_path)
+
+
+def test_links_are_not_followed_without_end(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "train/cat/loop").symlink_to(tmp_path / "train/cat")
+    assert len(load_dataset(str(tmp_path), tmp_path).x_train) == 6
+
+
+def test_a_fifo_is_no_picture(tmp_path):
+    write_folder(tmp_path)
+    os.mkfifo(tmp_path / "train/cat/9.png")
+    with pytest.raises(ValueError, match=r"cat/9.png: must be a file"):
+        load_dataset(str(tmp_path), tmp_path)
+
+
 # --- CIFAR and auto ------------------------------------------------------------------------------
 
 
@@ -238,11 +350,14 @@ def test_damaged_cifar_is_not_parsed(tmp_path, no_network):
     folder.mkdir()
     for name in [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch", "batches.meta"]:
         (folder / name).write_bytes(b"cos\nabort\n(tR.")  # would end the process if unpickled
-    with pytest.raises(DataUnavailableError, match="not .whole. in"):
+    with pytest.raises(
+        DataUnavailableError, match="not .whole. in .*data_batch_1 is damaged, and"
+    ):
         load_dataset("cifar10", tmp_path)
 
 
-def test_cifar_layout(tmp_path, monkeypatch):
+@pytest.mark.parametrize("archived", [False, True], ids=["unpacked", "archive"])
+def test_cifar_layout(tmp_path, monkeypatch, no_network, archived):
     """torchvision's files, in miniature, with their MD5 sums written into its table."""
     import pickle
 
@@ -266,6 +381,12 @@ def test_cifar_layout(tmp_path, monkeypatch):
     names = [f"class {n}" for n in range(10)]
     name, md5 = write("batches.meta", {"label_names": names})
     monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    if archived:
+        with tarfile.open(tmp_path / CIFAR10.filename, "w:gz") as archive:
+            archive.add(folder, CIFAR10.base_folder)
+        shutil.rmtree(folder)
+        packed = (tmp_path / CIFAR10.filename).read_bytes()
+        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(packed).hexdigest())
     assert find_dataset("auto", tmp_path) == ("cifar10", None)
     dataset = load_dataset("cifar10", tmp_path)
     assert dataset.x_train.shape == (20, 32, 32, 3)

@@ -148,3 +148,111 @@ def test_shapes_alone():
     with torch.device("meta"):
         model, x = FastResNet(8), torch.empty(2, 3, 32, 32)
         assert model(x).shape == (2, 10)
+
+
+# --- arguments of another kind -------------------------------------------------------------------
+
+
+def valid_calls():
+    """Arguments by name of every public operation, so that each can be replaced."""
+    P = {name: torch.ones(4) for name in ("parameters", "gradients", "momenta")}
+    P |= {"lr": torch.tensor(0.1), "loss_scale": torch.tensor(1.0)}
+    P |= {"skipped": torch.tensor(0, dtype=torch.int32), "copy": None}
+    unit = {"x": torch.randn(2, 16, 4, 4), "weight": torch.randn(16, 16, 3, 3)}
+    unit |= {name: torch.ones(16) for name in ("bn_weight", "bn_bias")}
+    unit |= {name: torch.ones(16) for name in ("running_mean", "running_var")}
+    units = [
+        ops.Unit(torch.randn(K, C, 3, 3), *(torch.ones(K) for _ in range(4)), 0.1, 1e-5)
+        for C, K in ((3, 16), (16, 16), (16, 16))
+    ]
+    values = ops.normalized_bytes(torch.ones(3), torch.ones(3), torch.float32)
+    sizes = {"decayed": 4, "momentum": 0.9, "weight_decay": 0.1, "nesterov": False}
+    batch = {
+        "images": torch.zeros(4, 8, 8, 3, dtype=torch.uint8),
+        "labels": torch.zeros(4, dtype=torch.int64),
+        "values": values,
+        "draws": torch.zeros(6, 4, dtype=torch.int32),
+        "step": torch.tensor(0),
+    }
+    z = {"y": torch.randn(2, 16, 4, 4), "scale": torch.ones(16), "shift": torch.ones(16)}
+    return {
+        "sgd": {**P, **sizes},
+        "load_batch": {**batch, "batch_size": 2, "padding": 1, "cutout": 0},
+        "normalized_bytes": {
+            "mean": torch.ones(3),
+            "std": torch.ones(3),
+            "dtype": torch.float32,
+        },
+        "conv_bn_relu": {
+            **{**unit, "stride": 1, "shortcut": None, "relu": True},
+            **{"training": True, "momentum": 0.1, "eps": 1e-5},
+        },
+        "linear_cross_entropy": {
+            **{"features": torch.randn(4, 3), "weight": torch.randn(2, 3), "bias": None},
+            **{"labels": torch.zeros(4, dtype=torch.int64), "label_smoothing": 0.1},
+        },
+        "record_step": {
+            **{"metrics": torch.zeros(3, 4), "loss": torch.tensor(1.0)},
+            **{"hits": torch.tensor(1.0), "skipped": torch.tensor(0, dtype=torch.int32)},
+            **{"step": torch.tensor(0), "lr": torch.tensor(0.1), "schedule": torch.ones(4)},
+            "advance": True,
+        },
+        "shortcut_a": {"x": torch.randn(2, 4, 4, 4), "out_channels": 8, "stride": 2},
+        "stage_border": {**z, "x": torch.randn(2, 8, 8, 8), "stride": 2},
+        "trunk": {"pictures": torch.randn(2, 3, 4, 4), "units": units, "training": True},
+        "choose": {
+            **{"implementation": "auto", "device": torch.device("cpu")},
+            "operation": "sgd",
+        },
+        "why_not": {
+            **{"implementation": "reference", "device": torch.device("cpu")},
+            "operation": "sgd",
+        },
+    }
+
+
+def nested_tensor():
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(2)])
+
+
+def test_every_operation_is_tried():
+    assert valid_calls().keys() >= set(ops.OPERATIONS)
+
+
+ODD = {
+    "None": lambda: None,
+    "list": lambda: [[1.0]],
+    "string": lambda: "tensor",
+    "dictionary": lambda: {"a": 1},
+    "nested": nested_tensor,
+    "sparse": lambda: torch.eye(4).to_sparse(),
+    "csr": lambda: torch.eye(4).to_sparse_csr(),
+    "complex": lambda: torch.ones(4, dtype=torch.complex64),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+    "empty": lambda: torch.empty(0),
+    "bools": lambda: torch.ones(4, dtype=torch.bool),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("operation", valid_calls())
+def test_arguments_of_another_kind_are_named(operation, odd):
+    run, arguments = getattr(ops, operation), valid_calls()[operation]
+    run(**arguments)
+    for name in arguments:
+        if odd == "None" and name in ("copy", "shortcut", "bias"):
+            continue
+        word = name.removesuffix("s") if name == "units" else name
+        with pytest.raises((TypeError, ValueError), match=rf"\b{word}"):
+            run(**{**valid_calls()[operation], name: ODD[odd]()})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("field", ops.Unit._fields)
+def test_units_of_another_kind_are_named(field, odd):
+    arguments = valid_calls()["trunk"]
+    arguments["units"][1] = arguments["units"][1]._replace(**{field: ODD[odd]()})
+    with pytest.raises((TypeError, ValueError), match=f"{field} 1 must"):
+        ops.trunk(**arguments)

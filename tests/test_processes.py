@@ -97,6 +97,11 @@ def lost(self):
 engine.Engine.train_step = lost
 sys.exit(train.main(sys.argv[2:]))
 """
+RUN = """
+import sys
+from cifar_resnet_fast import train
+sys.exit(train.main(sys.argv[1:]))
+"""
 IS_TOLD_TO_STOP = """
 import os, signal, sys
 from cifar_resnet_fast import train
@@ -198,7 +203,7 @@ def test_two_processes_train_as_one(alone, spread, tmp_path):
     )
 
 
-def test_stop_of_one_stops_all_and_another_number_goes_on(alone, spread, tmp_path):
+def test_stop_of_one_stops_all_and_another_number_goes_on(alone, spread, tmp_path, capsys):
     """The second of two is told to stop; one process alone resumes from the checkpoint."""
     out = tmp_path / "run"
     arguments = [*TINY[:-2], "--epochs", "3", "--sync-bn", "--out", out, "--device", "cpu"]
@@ -209,9 +214,26 @@ def test_stop_of_one_stops_all_and_another_number_goes_on(alone, spread, tmp_pat
     assert stopped.stderr.count("go on with") == 1
     assert json.loads((out / "config.json").read_text())["batch_size"] == 16
     assert rows(out)[-1]["step"] == 4, "agreed at the end of the epoch"
+    assert torch.load(out / "checkpoint.pt")["processes"] == 2
+    capsys.readouterr()
     assert main(["--resume", str(out)]) == 0
+    assert "resumed by" not in capsys.readouterr().out, "the statistics are over all images"
     assert [row["step"] for row in rows(out)] == [4, 8, 12]
     assert_same_curve(rows(out)[:2], rows(alone), spread)
+
+
+def test_another_number_of_processes_is_said(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*TINY, "--out", str(out)]) == 0
+    capsys.readouterr()
+    resumed = torchrun(tmp_path, RUN, "--resume", out)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (
+        resumed.stdout.count(
+            "by 2 processes after 1: batch normalisation is over 8 images instead of 16, so"
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])

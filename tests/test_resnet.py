@@ -1,5 +1,8 @@
 """The network: sizes, names, shapes, and how checkpoints load."""
 
+import math
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,6 +120,7 @@ def test_conv_bn_relu_module():
 # --- checkpoints ---------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:checkpoint .* holds no checksums")
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before-torch-1.6"])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
@@ -140,6 +144,14 @@ def test_without_batch_counters(tmp_path):
     load_checkpoint(FastResNet(8), tmp_path / "old.th")
 
 
+def quantised(state):
+    return torch.quantize_per_tensor(state["conv1.weight"], 0.1, 0, torch.qint8)
+
+
+def nested():
+    return torch.nested.nested_tensor([torch.ones(8), torch.ones(8)])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -148,11 +160,43 @@ def test_without_batch_counters(tmp_path):
         (lambda s: {k: v for k, v in s.items() if k != "bn1.bias"}, "it lacks bn1.bias"),
         (lambda s: {**s, "extra": torch.ones(1)}, "it has an unknown extra"),
         (lambda s: {**s, "bn1.bias": torch.ones(3)}, r"bn1.bias must have shape \(16,\), got"),
+        (lambda s: {**s, "conv1.weight": s["conv1.weight"].to_sparse()}, "got a sparse_coo one"),
+        (lambda s: {**s, "conv1.weight": quantised(s)}, "conv1.weight must be a.*a quantised one"),
+        (lambda s: {**s, "bn1.bias": torch.ones(16, device="meta")}, "bn1.bias.*a meta one"),
+        (lambda s: {**s, "bn1.bias": nested()}, "bn1.bias must be a dense.*a nested one"),
+        (lambda s: {**s, "bn1.bias": torch.ones(1).expand(10**9)}, "hold the 4.* bytes of its"),
+        (lambda s: {**s, "bn1.bias": torch.full((16,), math.nan)}, "bn1.bias must be finite.*nan"),
+        (
+            lambda s: {**s, "bn1.bias": torch.full((16,), 1e300, dtype=torch.float64)},
+            "in torch.float32.*inf",
+        ),
+        (lambda s: {**s, "bn1.running_var": -torch.ones(16)}, "running_var must be 0 or more"),
+        (lambda s: {**s, "bn1.bias": torch.ones(16, dtype=torch.int64)}, "be of a floating dtype"),
+        (lambda s: {**s, "bn1.bias": torch.ones(16) * 1j}, "bn1.bias must be of a floating"),
         (lambda s: {"weights": torch.ones(3)}, "must hold a CIFAR ResNet-6n"),
         (lambda s: {"state_dict": 3}, "state_dict must be a dictionary"),
     ],
-    ids=["depth", "classes", "missing", "unknown", "shape", "other-network", "no-dictionary"],
+    ids=[
+        "depth",
+        "classes",
+        "missing",
+        "unknown",
+        "shape",
+        "sparse",
+        "quantised",
+        "meta",
+        "nested",
+        "expanded",
+        "nan",
+        "too-large",
+        "negative-variance",
+        "integers",
+        "complex",
+        "other-network",
+        "no-dictionary",
+    ],
 )
+@pytest.mark.filterwarnings("ignore")
 def test_wrong_checkpoints_are_named_and_change_nothing(tmp_path, change, message):
     model = FastResNet(8)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -177,3 +221,17 @@ def test_zero_init_last_makes_blocks_their_shortcuts():
     assert all(not zero[name].any() for name in changed)
     x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)).relu()
     assert torch.equal(networks[1].layer1(x), x)
+
+
+def test_no_network_is_built_for_a_file_that_only_names_its_layers(tmp_path):
+    """ResNet-120002 would take 7 GB and a minute."""
+    state = FastResNet(8).state_dict()
+    one = torch.ones(1)
+    state |= {
+        f"layer{stage}.{block}.conv1.weight": one for stage in (1, 2, 3) for block in range(20_000)
+    }
+    torch.save(state, tmp_path / "tall.pt")
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="ResNet-120002 must have layer1.0.conv1.weight with 16"):
+        read_weights(tmp_path / "tall.pt")
+    assert time.monotonic() - began < 10

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -435,6 +437,11 @@ def bad_input(arguments, capsys):
         ("--speed 3", "unrecognized arguments: --speed 3"),
         ("--eval none.pt", "none.pt must be a file, a folder"),
         ("--resume none", "--resume must name the folder of a run"),
+        ("--resume=", "--resume must be a name that is not empty, got ''"),
+        ("--out=", "--out must be a name that is not empty"),
+        ("--eval=", "--eval must be a name that is not empty"),
+        ("--data-root=", "--data-root must be a name that is not empty"),
+        ("--dataset=", "--dataset must be a name that is not empty"),
     ],
 )
 def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
@@ -455,7 +462,7 @@ def test_cifar10_without_data(tmp_path, monkeypatch, capsys):
     )
     arguments = ["--dataset", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "run"]
     shown = bad_input(arguments, capsys)
-    assert "put cifar-10-batches-py" in shown
+    assert "put cifar-10-python.tar.gz, or cifar-10-batches-py out of it, into" in shown
     assert ".npz file or a folder" in shown
 
 
@@ -496,6 +503,23 @@ def test_checkpoint_with_settings_of_no_sense(tmp_path, capsys):
     assert "must have three numbers as its mean" in bad_input(arguments, capsys)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("mean", math.nan, "finite numbers as its mean"),
+        ("std", 0.0, "above 0 as its std"),
+        ("std", -0.2, "above 0 as its std"),
+        ("std", math.inf, "finite numbers above 0 as its std"),
+    ],
+)
+def test_statistics_that_cannot_be(key, value, rule, tmp_path, capsys):
+    content = {"state_dict": FastResNet(8).state_dict(), "mean": [0.5] * 3, "std": [0.2] * 3}
+    content[key] = [0.3, 0.3, value]
+    torch.save(content, tmp_path / "odd.pt")
+    arguments = ["--eval", tmp_path / "odd.pt", "--dataset", "shapes", "--limit", 16]
+    assert rule in bad_input(arguments, capsys)
+
+
 def test_eval_takes_auto_for_the_data_that_the_run_had(finished, capsys):
     arguments = ["--eval", str(finished / "checkpoint.pt"), "--dataset", "auto", "--limit", "64"]
     assert main(arguments) == 0
@@ -515,6 +539,108 @@ def stopped(tmp_path, monkeypatch):
         stop_at(patch, 5)
         assert main([*TINY, "--out", str(tmp_path / "run")]) == 130
     return tmp_path / "run"
+
+
+# --- the folder of a run -------------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused(stopped, tmp_path, monkeypatch, capsys):
+    """While a run trains, neither --resume nor --out of another one has its folder."""
+    capsys.readouterr()
+    script = f"import sys; from cifar_resnet_fast.train import main; sys.exit(main({TINY}))"
+    command = [sys.executable, "-c", script.replace("main([", "main(sys.argv[1:] or [")]
+    train_step, refused = Engine.train_step, []
+
+    def meanwhile(engine):
+        if not refused:
+            for flag in ("--resume", "--out"):
+                done = subprocess.run(
+                    [*command, flag, str(stopped)], capture_output=True, text=True, timeout=120
+                )
+                assert done.returncode == 2
+                refused.append(done.stderr)
+        train_step(engine)
+
+    monkeypatch.setattr(Engine, "train_step", meanwhile)
+    assert main(["--resume", str(stopped)]) == 0
+    assert refused[0] == (
+        f"error: only one process can train in {stopped}, which process {os.getpid()} on "
+        f"{socket.gethostname()} does\n"
+    )
+    assert "must be a new or an empty folder" in refused[1]
+    assert [row["epoch"] for row in metrics(stopped)] == [1, 2, 3]
+    assert not (stopped / ".lock").exists()
+
+
+def test_the_lock_of_a_killed_process_holds_nobody_up(stopped, monkeypatch):
+    (stopped / ".lock").write_text("process 1 on elsewhere\n")
+    (stopped / ".checkpoint.pt.123.tmp").write_bytes(b"x" * 1000)
+    (stopped / ".config.json.123.tmp").write_bytes(b"{")
+    assert main(["--resume", str(stopped)]) == 0
+    assert [path.name for path in stopped.iterdir() if path.name.startswith(".")] == []
+
+
+def test_two_that_claim_a_folder_at_once(tmp_path, capsys):
+    from cifar_resnet_fast.training.folder import hold
+
+    with hold(tmp_path):
+        shown = bad_input([*TINY, "--out", tmp_path], capsys)
+    assert f"only one process can train in {tmp_path}, which process {os.getpid()} on" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_before_the_run_began(tmp_path, capsys):
+    """What a process leaves that is killed while config.json is written."""
+    (tmp_path / ".config.json.123.tmp").write_bytes(b"{")
+    (tmp_path / ".lock").touch()
+    shown = bad_input(["--resume", tmp_path], capsys)
+    assert f"nothing was begun there: --out {tmp_path}" in shown
+    run(out=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_checkpoint_that_is_gone(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "checkpoint.pt").unlink()
+    before = (folder / "metrics.jsonl").read_bytes()
+    shown = bad_input(["--resume", folder], capsys)
+    assert f"and no {folder / 'checkpoint.pt'}" in shown
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "[]", '{"epoch": 2}', "{", "[" * 5000, '{"step": 8, "epoch": "two"}', "\0\xff"]
+)
+def test_metrics_edited_by_hand(stopped, line, capsys):
+    path = stopped / "metrics.jsonl"
+    kept = path.read_text()
+    path.write_text(line + "\n" + kept, encoding="latin-1")
+    assert main(["--resume", str(stopped)]) == 0
+    assert f"1 lines of {path} are not rows and were dropped" in capsys.readouterr().out
+    assert [row["epoch"] for row in metrics(stopped)] == [1, 2, 3]
+    assert path.read_text().startswith(kept)
+
+
+def test_finished_run_without_its_rows(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "metrics.jsonl").unlink()
+    assert main(["--resume", str(folder)]) == 0
+    accuracy = metrics(finished)[-1]["test_accuracy"]
+    assert f"test accuracy {100 * accuracy:.2f} % after 3 epochs" in capsys.readouterr().out
+
+
+def test_curves_of_a_data_set_with_any_name(tmp_path, recwarn):
+    from cifar_resnet_fast.training.logbook import draw_curves
+
+    row = {"epoch": 1, "step": 4, "lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5}
+    row |= {"test_loss": 1.0, "test_accuracy": 0.5}
+    draw_curves(
+        tmp_path / "curves.png", [row], "ResNet-8 on \u7d75\u753b $\\frac{ \U0001f600", "test"
+    )
+    assert not recwarn.list
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
 def test_resume_with_other_settings(stopped, capsys):

@@ -6,12 +6,12 @@ it checks first), and their sizes are checked before memory is taken.
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import socket
 import threading
 import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,10 @@ NAMES = ("auto", "cifar10", "cifar100", "shapes")
 
 _PROBE_SECONDS = 6.0  # finding out that a server cannot be reached takes at most this long
 _STALL_SECONDS = 30.0  # a download that receives nothing for so long has failed
+_MOST_CLASSES = 10_000  # that labels alone can stand for
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# what becomes RGB as it is seen; 16-bit and float pixels would be clipped to white or black
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "La", "RGBa", "CMYK", "YCbCr", "HSV")
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -153,15 +157,18 @@ def _cifar_class(name: str) -> type:
 
 
 def _ensure_cifar(name: str, root: Path) -> None:
-    """Download and unpack CIFAR into ``root`` unless it is there with the right MD5 sums."""
+    """Unpack or download CIFAR into ``root`` unless it is there with the right MD5 sums."""
     cifar = _cifar_class(name)
-    try:
-        cifar(root, train=False)
+    damaged = _damaged_file(cifar, root)
+    if damaged is None:
         return
-    except RuntimeError:
-        pass  # torchvision's word for absent or damaged
+    if _md5(root / cifar.filename) == cifar.tgz_md5:
+        # torchvision unpacks what it need not download
+        with contextlib.redirect_stdout(None):
+            cifar(root, train=False, download=True)
+        return
     ways_out = (
-        f"put {cifar.base_folder} (from the unpacked {cifar.filename}) into {root}, "
+        f"put {cifar.filename}, or {cifar.base_folder} out of it, into {root}, "
         f"or name a .npz file or a folder as the dataset"
     )
     host = cifar.url.split("/")[2]
@@ -175,8 +182,34 @@ def _ensure_cifar(name: str, root: Path) -> None:
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
     raise DataUnavailableError(
-        f"{name} is not (whole) in {root} and cannot be downloaded ({reason}): {ways_out}"
+        f"{name} is not (whole) in {root}, {damaged}, and cannot be downloaded ({reason}): "
+        f"{ways_out}"
     )
+
+
+def _damaged_file(cifar: type, root: Path) -> str | None:
+    """The first of CIFAR's files that is missing or has a wrong MD5 sum; None if all are right."""
+    rules = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
+    for filename, md5 in rules:
+        path = root / cifar.base_folder / filename
+        found = _md5(path)
+        if found != md5:
+            archive = root / cifar.filename
+            if found is None and archive.is_file():
+                return f"{archive} is damaged"
+            return f"{path} is {'missing' if found is None else 'damaged'}"
+    return None
+
+
+def _md5(path: Path) -> str | None:
+    """The MD5 sum of a file; None if there is none."""
+    if not path.is_file():
+        return None
+    sum_ = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            sum_.update(part)
+    return sum_.hexdigest()
 
 
 def _why_unreachable(host: str, port: int) -> str | None:
@@ -241,26 +274,34 @@ def _load_npz(path: Path) -> Dataset:
         headers = _npz_headers(path)
         _check_headers(headers)
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in headers}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {key: file[f"{key}.npy"] for key in headers}
+    except Exception as error:  # a damaged file can make the readers stumble over anything
         reason = str(error).splitlines()[0] if str(error) else "the file is truncated"
         raise ValueError(f"dataset {path}: {reason}") from None
-    labels = {key: torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test")}
-    top = max(int(labels["y_train"].max()), 1)
-    classes = tuple(map(str, arrays.get("classes", range(top + 1))))
+    # [N, 1], as Keras has them, are as good as [N]
+    labels = {key: arrays[key].reshape(-1) for key in ("y_train", "y_test")}
+    names = arrays.get("classes")
+    if names is None:
+        names = range(min(max(int(labels["y_train"].max()) + 1, 2), _MOST_CLASSES))
     for key, values in labels.items():
         low, high = int(values.min()), int(values.max())
-        if low < 0 or high >= len(classes):
+        if low < 0 or high >= len(names):
             raise ValueError(
-                f"dataset {path}: {key} must be in 0 .. {len(classes) - 1}, got {low} .. {high}"
+                f"dataset {path}: {key} must be in 0 .. {len(names) - 1}, got {low} .. {high}"
             )
+        labels[key] = torch.from_numpy(values.astype(np.int64))
+    if getattr(names, "dtype", np.dtype("U")).kind == "S":
+        names = [name.decode(errors="replace") for name in names]
+    pictures = [
+        torch.from_numpy(np.ascontiguousarray(arrays[f"x_{s}"])) for s in ("train", "test")
+    ]
     return Dataset(
         path.stem,
-        torch.from_numpy(arrays["x_train"]),
+        pictures[0],
         labels["y_train"],
-        torch.from_numpy(arrays["x_test"]),
+        pictures[1],
         labels["y_test"],
-        classes,
+        tuple(map(str, names)),
     )
 
 
@@ -269,6 +310,9 @@ def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     headers = {}
     with zipfile.ZipFile(path) as archive:
         present = set(archive.namelist())
+        twins = sorted(name for name in present if f"{name}.npy" in present)
+        if twins:
+            raise ValueError(f"must hold each array once, got {twins[0]} and {twins[0]}.npy")
         for key in (*_ARRAYS, "classes"):
             if f"{key}.npy" not in present:
                 continue
@@ -280,7 +324,11 @@ def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                 }.get(version)
                 if read is None:
                     raise ValueError(f"{key} must be in .npy format 1.0 or 2.0, got {version}")
-                shape, _, dtype = read(file)
+                try:
+                    shape, _, dtype = read(file)
+                except Exception as error:  # a header is Python source, and read as such
+                    reason = str(error).splitlines()[0]
+                    raise ValueError(f"{key} must have a whole header: {reason}") from None
                 headers[key] = shape, dtype
     return headers
 
@@ -295,7 +343,7 @@ def _check_headers(headers: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None
         if shape[1:] != SHAPE or dtype != np.uint8 or shape[0] == 0:
             raise ValueError(f"x_{split} must be [N, 32, 32, 3] uint8, got {list(shape)} {dtype}")
         labels, label_dtype = headers[f"y_{split}"]
-        if labels != shape[:1] or not np.issubdtype(label_dtype, np.integer):
+        if labels not in (shape[:1], (shape[0], 1)) or not np.issubdtype(label_dtype, np.integer):
             raise ValueError(
                 f"y_{split} must be [{shape[0]}] integers, got {list(labels)} {label_dtype}"
             )
@@ -310,18 +358,10 @@ def _check_headers(headers: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None
 
 def _load_folder(path: Path) -> Dataset:
     """A folder with train/<class>/* and test/<class>/* of 32x32 pictures."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        splits = {split: ImageFolder(path / split) for split in ("train", "test")}
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"dataset {path} must hold train/<class>/* and test/<class>/*: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    classes = splits["train"].classes
-    if splits["test"].classes != classes:
-        differing = sorted(set(classes) ^ set(splits["test"].classes))
+    found = {split: _class_folders(path, path / split) for split in ("train", "test")}
+    classes = tuple(found["train"])
+    if tuple(found["test"]) != classes:
+        differing = sorted(found["train"].keys() ^ found["test"].keys())
         raise ValueError(
             f"dataset {path}: train and test must have the same classes, "
             f"differ in {', '.join(differing)}"
@@ -329,20 +369,68 @@ def _load_folder(path: Path) -> Dataset:
     if len(classes) < 2:
         raise ValueError(f"dataset {path} must have at least 2 classes, got {len(classes)}")
     arrays = []
-    for folder in splits.values():
-        pictures = np.empty((len(folder.samples), *SHAPE), np.uint8)
-        for picture, (file, _) in zip(pictures, folder.samples, strict=True):
+    for folders in found.values():
+        files, labels = [], []
+        for label, folder in enumerate(folders.values()):
+            inside = _picture_files(folder)
+            if not inside:
+                raise ValueError(
+                    f"dataset {path} must have pictures in every class, found none in {folder} "
+                    f"({', '.join(_EXTENSIONS)})"
+                )
+            files += inside
+            labels += [label] * len(inside)
+        pictures = np.empty((len(files), *SHAPE), np.uint8)
+        for picture, file in zip(pictures, files, strict=True):
             picture[:] = _read_picture(file)
-        arrays += [torch.from_numpy(pictures), torch.tensor(folder.targets)]
-    return Dataset(path.resolve().name, *arrays, classes=tuple(classes))
+        arrays += [torch.from_numpy(pictures), torch.tensor(labels)]
+    return Dataset(path.resolve().name, *arrays, classes=classes)
 
 
-def _read_picture(file: str) -> np.ndarray:
+def _class_folders(path: Path, split: Path) -> dict[str, Path]:
+    """The folders of the classes by name, in its order; hidden ones are none."""
+    try:
+        entries = sorted(split.iterdir())
+    except OSError as error:
+        raise ValueError(
+            f"dataset {path} must hold train/<class>/* and test/<class>/*: {split}: "
+            f"{error.strerror}"
+        ) from None
+    folders = {entry.name: entry for entry in entries if entry.is_dir()}
+    return {name: folder for name, folder in folders.items() if not name.startswith(".")}
+
+
+def _picture_files(folder: Path) -> list[Path]:
+    """The pictures in a class's folder, and in folders in it; hidden entries are none.
+
+    Raises:
+        ValueError: something is named as a picture and is no file
+    """
+    files = []
+    for place, _, names in sorted(os.walk(folder)):  # does not follow links to folders
+        for name in sorted(names):
+            file = Path(place, name)
+            hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if hidden or not name.lower().endswith(_EXTENSIONS):
+                continue
+            if not file.is_file():
+                raise ValueError(f"dataset picture {file}: must be a file")
+            files.append(file)
+    return files
+
+
+def _read_picture(file: Path) -> np.ndarray:
     """[32, 32, 3] uint8; the size is checked before the picture is unpacked."""
     try:
         with Image.open(file) as picture:
             if picture.size != SHAPE[:2]:
                 raise ValueError(f"must be 32x32 pixels, got {picture.width}x{picture.height}")
+            if picture.mode not in _MODES:
+                raise ValueError(
+                    f"must have 8 bits a channel (modes {', '.join(_MODES)}), got mode "
+                    f"{picture.mode}"
+                )
             return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"dataset picture {file}: {error}") from None
+    except Exception as error:  # a damaged file can make the readers stumble over anything
+        reason = str(error).splitlines()[0] if str(error) else "it is damaged"
+        raise ValueError(f"dataset picture {file}: {reason}") from None

@@ -6,6 +6,7 @@ Errors name the argument, the rule and the value. TypeError for what is not of t
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +14,39 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def shown(value: Any) -> str:
+    """A value as an error shows it: in one line, of what is not a plain value the type alone."""
+    plain = isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
+    return repr(value) if plain else f"a {type(value).__name__}"
+
+
+def is_dense(value: Any) -> bool:
+    """Whether ``value`` is a tensor whose elements lie in memory at its strides."""
+    return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """``value`` is a tensor, neither nested nor sparse.
+
+    Raises:
+        TypeError: not a tensor
+        ValueError: a nested or a sparse one
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not is_dense(value):
+        kind = "a nested one" if value.is_nested else f"layout {value.layout}"
+        raise ValueError(f"{name} must be a dense tensor, got {kind}")
+
+
 def check_tensor(name: str, value: Tensor, axes: str, like: Tensor | None = None) -> None:
     """``value`` is a floating tensor with one axis a name in ``axes``, on the device of ``like``.
 
     Raises:
         TypeError: not a tensor, or not of a floating dtype
-        ValueError: another number of axes, an empty axis, or another device
+        ValueError: nested, sparse, another number of axes, an empty axis, or another device
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    check_dense(name, value)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}")
     letters = axes.split()
@@ -42,8 +67,8 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
 
 def check_stride(stride: int) -> None:
     """``stride`` is 1 or 2; ValueError where not."""
-    if stride not in (1, 2):
-        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
+    if type(stride) is not int or stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {shown(stride)}")
 
 
 def check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
@@ -54,6 +79,9 @@ def check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
 
 def check_out_channels(name: str, in_channels: int, out_channels: int) -> None:
     """Half of the option-A shortcut's new channels go in front; ValueError where they cannot."""
+    check_count(name, out_channels)
+    if out_channels > 2**20:  # 4 bytes each are then 4 MB a pixel
+        raise ValueError(f"{name} must be at most {2**20}, got {out_channels}")
     if out_channels < in_channels or (out_channels - in_channels) % 2:
         raise ValueError(
             f"{name} must be x's {in_channels} channels or an even number more, got {out_channels}"
@@ -114,10 +142,22 @@ def check_weight_dtype(name: str, weight: Tensor, x: Tensor) -> None:
         )
 
 
+def check_count(name: str, value: int) -> None:
+    """``value`` is a whole number; TypeError where not."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be a whole number, got {shown(value)}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    """``value`` is True or False; TypeError where not."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
 def check_number(name: str, value: float) -> None:
     """``value`` is a number; TypeError where not."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
 
 
 def once_differentiable(backward: Callable) -> Callable:

@@ -14,6 +14,7 @@ import os
 
 import torch
 
+from cifar_resnet_fast.ops._checks import shown
 from cifar_resnet_fast.ops._extension import why_not_extension
 
 IMPLEMENTATIONS = ("cuda", "triton", "reference")
@@ -36,12 +37,19 @@ def why_not(implementation: str, device: torch.device, operation: str) -> str | 
     """The reason why ``operation`` cannot run in ``implementation`` on ``device``, None if it can.
 
     Raises:
-        ValueError: the implementation's name is unknown
+        TypeError: ``device`` is not a torch.device
+        ValueError: the implementation's or the operation's name is unknown
     """
-    if implementation not in IMPLEMENTATIONS:
+    if not isinstance(device, torch.device):
+        raise TypeError(f"device must be a torch.device, got {shown(device)}")
+    if not isinstance(operation, str) or operation not in OPERATIONS:
+        raise ValueError(
+            f"operation must be one of {', '.join(OPERATIONS)}, got {shown(operation)}"
+        )
+    if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(('auto', *IMPLEMENTATIONS))}, "
-            f"got {implementation!r}"
+            f"got {shown(implementation)}"
         )
     if implementation not in OPERATIONS[operation]:
         return f"{operation} has no implementation of that name"
@@ -96,7 +104,8 @@ def choose(implementation: str, device: torch.device, operation: str) -> str:
         ValueError: the name is unknown
         RuntimeError: the named implementation cannot run on ``device``; says why
     """
-    if implementation == "auto":
+    if isinstance(implementation, str) and implementation == "auto":
+        why_not("reference", device, operation)  # what is wrong with the others
         # Triton's interpreter checks kernels; it is hundreds of times slower than the reference
         if device.type != "cuda":
             return "reference"

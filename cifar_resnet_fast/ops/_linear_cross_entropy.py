@@ -14,6 +14,7 @@ from cifar_resnet_fast import reference
 from cifar_resnet_fast.ops import _dispatch as choice
 from cifar_resnet_fast.ops._checks import (
     autocast_dtype,
+    check_dense,
     check_dtype,
     check_number,
     check_shape,
@@ -105,6 +106,7 @@ def _check(
     if labels_b is not None:
         rules += [("labels_b", labels_b, (N,), torch.int64), ("ratio", ratio, (), torch.float32)]
     for name, tensor, shape, dtype in rules:
+        check_dense(name, tensor)
         check_dtype(name, tensor, dtype)
         check_shape(name, tensor, shape)
         if tensor.device != features.device:

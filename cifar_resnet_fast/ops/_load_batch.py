@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops._checks import FLOATING
+from cifar_resnet_fast.ops._checks import (
+    FLOATING,
+    check_count,
+    check_dense,
+    check_dtype,
+    check_shape,
+    check_tensor,
+    shown,
+)
 from cifar_resnet_fast.ops._dispatch import choose
 
 
@@ -20,7 +28,19 @@ def normalized_bytes(mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
 
     Returns:
         [256, 3]
+
+    Raises:
+        TypeError: an argument is of another type or dtype
+        ValueError: a shape or a device breaks its rule
     """
+    for name, tensor in (("mean", mean), ("std", std)):
+        check_tensor(name, tensor, "3")
+        check_dtype(name, tensor, torch.float32)
+        check_shape(name, tensor, (3,))
+    if std.device != mean.device:
+        raise ValueError(f"std must be on the device of mean, {mean.device}, got {std.device}")
+    if dtype not in FLOATING:
+        raise TypeError(f"dtype must be {' or '.join(map(str, FLOATING))}, got {shown(dtype)}")
     every = torch.arange(256, dtype=torch.uint8, device=mean.device).reshape(256, 1, 1, 1)
     return reference.normalize(every.expand(256, 1, 1, 3), mean, std, dtype)[:, :, 0, 0]
 
@@ -52,7 +72,8 @@ def load_batch(
         draws: [6, R] int32, contiguous, R a multiple of batch_size and below 2**31
         step: [] int64
         batch_size: at least 1
-        padding, cutout: at least 0
+        padding: 0 .. 64
+        cutout: 0 .. 2**31 - 1
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
     Returns:
@@ -60,17 +81,21 @@ def load_batch(
         labels: [B] int64
 
     Raises:
-        TypeError: a tensor is of another dtype
-        ValueError: a shape, a device or a number breaks its rule
+        TypeError: an argument is of another type, or a tensor of another dtype
+        ValueError: a tensor is nested or sparse; a shape, a device or a number breaks its rule
         RuntimeError: the named implementation cannot run here
     """
+    check_dense("images", images)
+    for name, number in (("batch_size", batch_size), ("padding", padding), ("cutout", cutout)):
+        check_count(name, number)
     for name, tensor, axes, dtypes in (
         ("images", images, (None, None, None, 3), (torch.uint8,)),
-        ("labels", labels, (images.shape[0],), (torch.int64,)),
+        ("labels", labels, images.shape[:1], (torch.int64,)),
         ("values", values, (256, 3), FLOATING),
         ("draws", draws, (6, None), (torch.int32,)),
         ("step", step, (), (torch.int64,)),
     ):
+        check_dense(name, tensor)
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
         fits = tensor.dim() == len(axes) and all(
@@ -94,9 +119,9 @@ def load_batch(
             f"draws must have a multiple of the batch size {batch_size} of rows, below 2**31, "
             f"got {R}"
         )
-    for name, number in (("padding", padding), ("cutout", cutout)):
-        if number < 0:
-            raise ValueError(f"{name} must be 0 or more, got {number}")
+    for name, number, most in (("padding", padding, 64), ("cutout", cutout, 2**31 - 1)):
+        if not 0 <= number <= most:
+            raise ValueError(f"{name} must be 0 or more and at most {most}, got {number}")
     run = reference.load_batch
     if choose(implementation, images.device, "load_batch") == "triton":
         from cifar_resnet_fast.kernels.augment import load_batch as run

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
+from cifar_resnet_fast.ops._checks import check_bool, check_dense
 from cifar_resnet_fast.ops._dispatch import choose
 
 
@@ -39,9 +40,12 @@ def record_step(
         ValueError: a shape or a device breaks its rule
         RuntimeError: the named implementation cannot run here
     """
+    check_dense("metrics", metrics)
+    check_dense("schedule", schedule)
+    check_bool("advance", advance)
     scalar = ()
     for name, tensor, shape, dtype in (
-        ("metrics", metrics, (3, metrics.shape[-1]), torch.float32),
+        ("metrics", metrics, (3, *metrics.shape[-1:]), torch.float32),
         ("loss", loss, scalar, torch.float32),
         ("hits", hits, scalar, torch.float32),
         ("skipped", skipped, scalar, torch.int32),
@@ -49,6 +53,7 @@ def record_step(
         ("lr", lr, scalar, torch.float32),
         ("schedule", schedule, (schedule.numel(),), torch.float32),
     ):
+        check_dense(name, tensor)
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
         if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.numel() == 0:

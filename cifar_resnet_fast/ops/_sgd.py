@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
+from cifar_resnet_fast.ops._checks import check_bool, check_count, check_dense, check_number
 from cifar_resnet_fast.ops._dispatch import choose
 
 
@@ -36,11 +37,18 @@ def sgd(
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
     Raises:
-        TypeError: a tensor is of another dtype
-        ValueError: a shape, a device or ``decayed`` breaks its rule
+        TypeError: an argument is of another type, or a tensor of another dtype
+        ValueError: a tensor is nested or sparse; a shape, a device or ``decayed`` breaks its rule
         RuntimeError: the named implementation cannot run here
     """
+    check_dense("parameters", parameters)
+    check_count("decayed", decayed)
+    check_number("momentum", momentum)
+    check_number("weight_decay", weight_decay)
+    check_bool("nesterov", nesterov)
     P = parameters.numel()
+    if not 0 < P < 2**31:
+        raise ValueError(f"parameters must have 1 .. 2**31 - 1 elements, got {P}")
     flat, scalar = (P,), ()
     rules = (
         ("parameters", parameters, flat, (torch.float32,)),
@@ -54,6 +62,7 @@ def sgd(
     for name, tensor, shape, dtypes in rules:
         if tensor is None and name == "copy":
             continue
+        check_dense(name, tensor)
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
         if tuple(tensor.shape) != shape or not tensor.is_contiguous():
@@ -66,8 +75,6 @@ def sgd(
                 f"{name} must be on the device of parameters, {parameters.device}, "
                 f"got {tensor.device}"
             )
-    if not 0 < P < 2**31:
-        raise ValueError(f"parameters must have 1 .. 2**31 - 1 elements, got {P}")
     if not 0 <= decayed <= P:
         raise ValueError(f"decayed must be in 0 .. {P}, the number of parameters, got {decayed}")
     run = reference.sgd

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import re
+import sys
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,19 @@ from cifar_resnet_fast.training.schedules import SCHEDULES
 
 def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+# far beyond what anybody trains with, and short of what memory, clocks and float32 bear
+_MOST = {
+    "depth": 12_002,
+    "epochs": 1_000_000,
+    "cutout": 32,
+    "weight_decay": 1e6,
+    "timeout": 1e6,
+    "lr": 1e30,
+    "warmup_epochs": 1e9,
+    "runs": 1_000_000,
+}
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,12 @@ class TrainConfig:
 
     def __post_init__(self):
         check_depth(self.depth)
+        for name in ("dataset", "data_root", *PLACES):  # as an unset shell variable leaves them
+            self._check(
+                name,
+                lambda v: not isinstance(v, str) or bool(v.strip()),
+                "a name that is not empty",
+            )
         for name, minimum in (
             ("epochs", 1),
             ("batch_size", 1),
@@ -149,6 +169,8 @@ class TrainConfig:
             self._check(name, lambda v: v >= 0 and math.isfinite(v), "0 or more")
         for name in ("lr", "timeout"):
             self._check(name, lambda v: v > 0 and math.isfinite(v), "more than 0")
+        for name, most in _MOST.items():
+            self._check(name, lambda v, high=most: v <= high, f"at most {most}")
         self._check(
             "sync_bn",
             lambda v: not v or self.implementation in ("auto", "reference"),
@@ -248,10 +270,8 @@ def _is_of(value: Any, hint: Any) -> bool:
 def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[str, Any]]:
     """The settings of a command line, and of these the ones that were given on it.
 
-    Exits with status 2 and one line on stderr where a flag is unknown or its value no such type.
-
     Raises:
-        ValueError: as ``TrainConfig``
+        ValueError: as ``TrainConfig``; or a flag is unknown, or its value no such type
     """
     parser = _Parser(
         prog="python -m cifar_resnet_fast.train",
@@ -278,6 +298,13 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
             shown = " ".join(map(str, item.default)) if several else item.default
             options["help"] += f" (default: {shown})"
         parser.add_argument(flag_of(item.name), **options)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # argparse takes the -- of --flag=-- away, and with it the value
+    empty = next(
+        (text for text in arguments if text.startswith("--") and text[2:].endswith("=--")), None
+    )
+    if empty is not None:
+        raise ValueError(f"{empty.removesuffix('=--')} must have a value, got '--'")
     given = vars(parser.parse_args(arguments))
     if "milestones" in given:
         given["milestones"] = tuple(given["milestones"])
@@ -288,7 +315,7 @@ class _Parser(argparse.ArgumentParser):
     """Errors in one line: the usage, a screenful, is for --help."""
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+        raise ValueError(message.removeprefix("argument "))
 
 
 def flag_of(name: str) -> str:

@@ -20,11 +20,14 @@ The rows of epochs that are not evaluated (--evaluate-every) have none of the te
 """
 
 import contextlib
+import io
 import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -78,7 +81,8 @@ class Logbook:
         tensorboard: bool,
     ):
         self.folder = folder
-        self.rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
+        rows, dropped = read_metrics(folder)
+        self.rows = [row for row in rows if row["step"] <= start_step]
         write_atomically(self.metrics_path, "".join(map(_line, self.rows)).encode())
         self._title, self._evaluated, self._epochs = title, evaluated, epochs
         self._curves_drawn = time.monotonic()
@@ -103,6 +107,8 @@ class Logbook:
             "", total=epochs * steps_per_epoch, completed=start_step, epoch=1, numbers=""
         )
         self._steps_per_epoch = steps_per_epoch
+        if dropped:
+            self.say(f"{dropped} lines of {self.metrics_path} are not rows and were dropped")
 
     def __enter__(self) -> "Logbook":
         self._progress.start()
@@ -162,18 +168,40 @@ class Logbook:
         self._curves_drawn = time.monotonic()
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The whole rows of a run's metrics.jsonl; a last line that was cut off is left out."""
+def read_metrics(folder: Path) -> tuple[list[dict], int]:
+    """The rows of a run's metrics.jsonl, and how many of its lines are none and left out.
+
+    A last line that was cut off is left out and not counted: a process was killed while it wrote.
+
+    Raises:
+        OSError: the file cannot be read
+    """
     path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
+    if not os.path.lexists(path):
+        return [], 0
+    rows, dropped = [], 0
+    for line in path.read_bytes().decode(errors="replace").splitlines(keepends=True):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if _is_row(row) and (not rows or row["step"] > rows[-1]["step"]):
+            rows.append(row)
+        elif line.endswith("\n"):
+            dropped += 1
+    return rows, dropped
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it has what is drawn and compared, each of its type."""
+    if not isinstance(row, dict):
+        return False
+    names = ["epoch", "step", "lr", "train_loss", "train_accuracy", "images_per_second", "seconds"]
+    names += [name for name in ("test_loss", "test_accuracy", "skipped_steps") if name in row]
+    values = [row.get(name) for name in names]
+    return all(type(value) is int for value in values[:2]) and all(
+        type(value) is float or (type(value) is int and 0 <= value < 2**63) for value in values
+    )
 
 
 def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> None:
@@ -181,7 +209,7 @@ def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> Non
     epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 20 else None
     figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a data set can have any name
     loss, accuracy = figure.subplots(1, 2)
     scored = [row for row in rows if "test_accuracy" in row]
     for split, label, shown in (("train", "training", rows), ("test", evaluated, scored)):
@@ -204,9 +232,11 @@ def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> Non
         last = scored[-1]
         accuracy.set_title(f"{100 * last['test_accuracy']:.2f} % after epoch {last['epoch']}")
     accuracy.legend(loc="lower right")
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    image = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that the font lacks
+        figure.savefig(image, format="png", dpi=120)
+    write_atomically(path, image.getvalue())
 
 
 def _line(row: dict) -> str:

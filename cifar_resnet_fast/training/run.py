@@ -10,6 +10,7 @@ with the bits of one that was not. Its ``state_dict`` holds the weights that wer
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from cifar_resnet_fast.training.trace import STEPS_BEFORE, StepTrace
 _SHOW_EVERY_SECONDS = 0.2
 _SAVE_EVERY_SECONDS = 10.0  # an epoch can take less time than a checkpoint's way to the disk
 _AGREE_EVERY_STEPS = 8
+_MOST_STEPS = 2**24  # which float32 counts, and whose learning rates fit into memory
 _CHECKPOINT, _TRACE = "checkpoint.pt", "trace.json"
 IMAGENET_STATISTICS = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
 
@@ -46,7 +48,8 @@ class RunData:
     """The two splits as loaders on this process's device, and what a checkpoint says about them.
 
     Raises:
-        ValueError: the batch size or the validation split does not fit the data
+        ValueError: the batch size, the validation split or the number of epochs does not fit the
+            data
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset, processes: Processes):
@@ -71,6 +74,11 @@ class RunData:
             flip=config.flip,
             **settings,
         )
+        if config.epochs * self.training.steps > _MOST_STEPS:
+            raise ValueError(
+                f"epochs must be at most {_MOST_STEPS // self.training.steps} at "
+                f"{self.training.steps} steps each, got {config.epochs}"
+            )
         self.testing = Loader(
             dataset.x_test,
             dataset.y_test,
@@ -98,7 +106,8 @@ class Run:
     Every process has one; the first one's shows, logs and writes.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another run or other data
+        ValueError: the checkpoint is damaged, or of another run or other data; or the run has too
+            many steps
     """
 
     def __init__(self, config: TrainConfig, folder: Path, data: RunData, processes: Processes):
@@ -141,9 +150,17 @@ class Run:
         )
         self.seconds = 0.0
         self._saved = -math.inf  # when the last checkpoint was
+        self._said: list[str] = []  # what the display shows first
+        self.accuracy: float | None = None  # at the end, 0 .. 1; None if nothing was evaluated
         processes.any(False)  # what the first one did in the folder before is done
-        if (folder / _CHECKPOINT).exists():
+        if os.path.lexists(folder / _CHECKPOINT):
             self._load()
+        elif processes.rank == 0 and len(read_metrics(folder)[0]) > 1:
+            # after the first row a checkpoint is written, before the second one
+            raise ValueError(
+                f"resume must name a folder with its checkpoint, found rows of epochs in "
+                f"{folder / 'metrics.jsonl'} and no {folder / _CHECKPOINT}"
+            )
         elif processes.rank == 0 and not (folder / "config.json").exists():
             folder.mkdir(exist_ok=True)
             write_json(folder / "config.json", config.to_dict())
@@ -172,6 +189,8 @@ class Run:
         patient = self.processes.count > 1
         fits = batch_must_fit(config.batch_size, self.processes, self.engine)
         with StopRequest(patient) as stop, logbook, fits, self._tracing(logbook):
+            for line in self._said:
+                logbook.say(line)
             self._capture(logbook)
             for epoch in range(self.step // steps, config.epochs):
                 speed = self._train_epoch(epoch, logbook, stop)
@@ -186,11 +205,13 @@ class Run:
                     if self.processes.any(first and bool(on_epoch(dict(logbook.rows[-1])))):
                         self._save()
                         break
-            scored = last_accuracy(logbook.rows)
-            score = "not evaluated" if scored is None else f"accuracy {100 * scored:.2f} %"
+            self.accuracy = self._final_accuracy(logbook)
+            score = "not evaluated"
+            if self.accuracy is not None:
+                score = f"accuracy {100 * self.accuracy:.2f} %"
             logbook.say(
                 f"ResNet-{config.depth} on {self.data.name}, seed {config.seed}: "
-                f"{self.data.evaluated} {score} after {logbook.rows[-1]['epoch']} "
+                f"{self.data.evaluated} {score} after {self.step // steps} "
                 f"epochs, {self.seconds:.0f} s; in {self.folder}"
             )
             return logbook.rows
@@ -204,10 +225,17 @@ class Run:
             "std": self.data.std.tolist(),
             "class_names": self.data.fingerprint["classes"],
             "dataset": self.data.name,
-            "accuracy": last_accuracy(read_metrics(self.folder)),
+            "accuracy": self.accuracy,
             "training": self.config.to_dict(),
         }
         return model.eval()
+
+    def _final_accuracy(self, logbook: Logbook | SilentLogbook) -> float | None:
+        """That of the last evaluated epoch, or found out anew if metrics.jsonl has lost rows."""
+        if self.processes.any(not logbook.rows or logbook.rows[-1]["step"] < self.step):
+            self.engine.start_evaluation()
+            return self.engine.evaluation()[1]
+        return _last_accuracy(logbook.rows)
 
     def _capture(self, logbook: Logbook | SilentLogbook) -> None:
         """Have the device repeat captured steps, where it can; a Ctrl-C waits until then."""
@@ -244,7 +272,9 @@ class Run:
 
     def _logbook(self) -> Logbook | SilentLogbook:
         if self.processes.rank:
-            return SilentLogbook(read_metrics(self.folder))
+            return SilentLogbook(
+                [r for r in read_metrics(self.folder)[0] if r["step"] <= self.step]
+            )
         return Logbook(
             self.folder,
             epochs=self.config.epochs,
@@ -382,6 +412,7 @@ class Run:
             "data": self.data.fingerprint,
             "mean": self.data.mean.tolist(),
             "std": self.data.std.tolist(),
+            "processes": self.processes.count,
             "step": self.step,
             "seconds": self.seconds,
             "state_dict": self.engine.evaluated_model.state_dict(),
@@ -404,12 +435,20 @@ class Run:
                     raise ValueError(f"{name} must be {ours}, as in config.json, got {theirs}")
             self.engine.load_state_dict(content["engine"])
             self.seconds = float(content["seconds"])
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            before, now = content.get("processes"), self.processes.count
+            if before not in (None, now) and not self.config.sync_bn:
+                self._said.append(
+                    f"resumed by {now} process{'es' * (now > 1)} after {before}: batch "
+                    f"normalisation is over {self.config.batch_size // now} images instead of "
+                    f"{self.config.batch_size // before}, so the results differ from those of an "
+                    f"undisturbed run"
+                )
+        except Exception as error:  # a value of the wrong kind can make anything stumble
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"resume: checkpoint {path} does not fit the run: {reason}") from None
 
 
-def last_accuracy(rows: list[dict]) -> float | None:
+def _last_accuracy(rows: list[dict]) -> float | None:
     """Of the last epoch that was evaluated, 0 .. 1; None if none was."""
     return next((row["test_accuracy"] for row in rows[::-1] if "test_accuracy" in row), None)
 

@@ -1,11 +1,11 @@
-"""Ctrl-C and SIGTERM as a wish to stop between two steps (layer 4)."""
+"""Ctrl-C, SIGTERM and SIGHUP as a wish to stop between two steps (layer 4)."""
 
 import signal
 import threading
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish that the loop sees between two steps.
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a wish that the loop sees between two steps.
 
     Args:
         patient: whether a second one does no more; torchrun passes each on that the terminal has
@@ -22,7 +22,7 @@ class StopRequest:
             return self  # signals reach the main thread alone, and only it may handle them
         self._before = {
             number: signal.signal(number, self._handle)
-            for number in (signal.SIGINT, signal.SIGTERM)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
         return self
 

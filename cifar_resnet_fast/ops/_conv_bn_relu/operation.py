@@ -9,6 +9,7 @@ from torch import Tensor
 from cifar_resnet_fast import reference
 from cifar_resnet_fast.ops._checks import (
     autocast_dtype,
+    check_bool,
     check_dtype,
     check_number,
     check_shape,
@@ -65,7 +66,9 @@ def conv_bn_relu(
             a channel is all there is to normalise
         RuntimeError: the named implementation cannot run here
     """
-    N, C, H, W, K, HO, WO = _check(
+    check_bool("relu", relu)
+    check_bool("training", training)
+    N, C, H, W, K, HO, WO = check_unit(
         x, weight, bn_weight, bn_bias, running_mean, running_var, stride, shortcut, momentum, eps
     )
     if training and N * HO * WO == 1:
@@ -106,7 +109,7 @@ def conv_bn_relu(
     )
 
 
-def _check(
+def check_unit(
     x, weight, bn_weight, bn_bias, running_mean, running_var, stride, shortcut, momentum, eps
 ) -> tuple[int, ...]:
     """The rules of every implementation; returns N, C, H, W, K, HO, WO."""

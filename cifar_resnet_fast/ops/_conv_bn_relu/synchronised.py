@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from cifar_resnet_fast.ops._checks import check_bool
+from cifar_resnet_fast.ops._conv_bn_relu.operation import check_unit
 from cifar_resnet_fast.processes import all_reduce
 
 
@@ -54,10 +56,15 @@ def conv_sync_bn_relu(
         [N, K, ceil(H / stride), ceil(W / stride)], of the convolution's dtype
 
     Raises:
+        TypeError, ValueError: an argument breaks its rule, or there is no process group
         ProcessLostError: another process does not answer
 
     Source: Ioffe and Szegedy 2015, algorithm 1.
     """
+    check_bool("relu", relu)
+    check_unit(
+        x, weight, bn_weight, bn_bias, running_mean, running_var, stride, shortcut, momentum, eps
+    )
     y = F.conv2d(x, weight, stride=stride, padding=1)
     values = y.to(torch.promote_types(y.dtype, torch.float32))
     processes = dist.get_world_size()

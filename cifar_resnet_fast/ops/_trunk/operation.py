@@ -14,12 +14,14 @@ from torch import Tensor
 from cifar_resnet_fast import reference
 from cifar_resnet_fast.ops import _dispatch as choice
 from cifar_resnet_fast.ops._checks import (
+    check_bool,
     check_number,
     check_shape,
     check_tensor,
     check_weight_dtype,
     compute_dtype,
     is_channels_last,
+    is_dense,
 )
 from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
 from cifar_resnet_fast.ops._trunk import schedule
@@ -95,15 +97,22 @@ def trunk(
 def _check(pictures: Tensor, units: Sequence[Unit], training: bool) -> None:
     """The rules of every implementation."""
     check_tensor("pictures", pictures, "N C H W")
+    check_bool("training", training)
+    if not isinstance(units, (list, tuple)):
+        raise TypeError(f"units must be a list of Unit, got {type(units).__name__}")
     if len(units) < 3 or len(units) % 2 == 0:
         raise ValueError(f"units must be 2n + 1 with n of at least 1, got {len(units)}")
     C = pictures.shape[1]
     weight_dtypes = {pictures.dtype, torch.float32 if pictures.element_size() == 2 else None}
     for i, unit in enumerate(units):
-        K = unit.weight.shape[0] if unit.weight.dim() else 0
+        if not isinstance(unit, Unit):
+            raise TypeError(f"units must be a list of Unit, got a {type(unit).__name__} as {i}")
+        dense = all(map(is_dense, unit[:5]))
+        K = unit.weight.shape[0] if dense and unit.weight.dim() else 0
         # a glance, as this runs before every step; what is wrong is found out at leisure
         sound = (
-            unit.weight.shape == (K, C, 3, 3)
+            dense
+            and unit.weight.shape == (K, C, 3, 3)
             and unit.weight.dtype in weight_dtypes
             and all(t.device == pictures.device for t in unit[:5])
             and all(v.shape == (K,) and v.dtype.is_floating_point for v in unit[1:5])
