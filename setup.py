@@ -1,9 +1,10 @@
 """Builds what this machine can of the compiled extension; pyproject.toml has everything else.
 
-``_C`` (csrc/cpu.cpp: schemas and CPU code) needs torch and a C++20 compiler; ``_cuda``
-(csrc/cuda.cpp and csrc/kernels/: the CUDA kernels) also a torch with CUDA and a CUDA toolkit of
-its major version. No GPU has to be there. What cannot be built is left out, and the reason is
-recorded where ``python -m cifar_resnet_fast.info`` shows it: pip hides what is printed here.
+``_C`` (csrc/bindings/cpu.cpp: schemas and CPU code) needs torch and a C++20 compiler; ``_cuda``
+(csrc/bindings/cuda.cpp and all csrc/*/*.cu: the CUDA kernels) also a torch with CUDA and a CUDA
+toolkit of its major version. No GPU has to be there. What cannot be built is left out, and the
+reason is recorded where ``python -m cifar_resnet_fast.info`` shows it: pip hides what is printed
+here.
 
 torch is not in pyproject.toml's build requirements: pip would build against a torch of its own,
 not against the one that is installed. Hence ``pip install --no-build-isolation .``; an isolated
@@ -190,13 +191,14 @@ def libraries() -> list:
         extension = kind(
             f"{PACKAGE}.{name}",
             sources,
+            include_dirs=[str(Path("csrc").absolute())],
             extra_compile_args={"cxx": CXX_FLAGS + system, "nvcc": list(NVCC_FLAGS)},
             py_limited_api=True,
         )
         extension.optional = mode == "auto"  # setuptools then copies it only if it is there
         return extension
 
-    extensions = [library(cpp_extension.CppExtension, "_C", ["csrc/cpu.cpp"])]
+    extensions = [library(cpp_extension.CppExtension, "_C", ["csrc/bindings/cpu.cpp"])]
     home = None if mode == "cpu" else find_cuda_home()
     reason = (
         f"{PACKAGE.upper()}_BUILD=cpu; {WITHOUT_CUDA}" if mode == "cpu" else why_not_cuda(home)
@@ -210,8 +212,8 @@ def libraries() -> list:
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen or ARCHITECTURES) + "+PTX"
     record["architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
     os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(home)
-    kernels = sorted(str(path) for path in Path("csrc/kernels").glob("*.cu"))
-    sources = ["csrc/cuda.cpp", *kernels]
+    kernels = sorted(str(path) for path in Path("csrc").glob("*/*.cu"))
+    sources = ["csrc/bindings/cuda.cpp", *kernels]
     extensions.append(library(cpp_extension.CUDAExtension, "_cuda", sources))
     return extensions
 

@@ -93,9 +93,9 @@ def check_resources(architecture: int) -> tuple[bool, str]:
     Their shared memory is checked where they are written, by the compiler.
     """
     nvcc, sources = ptxas_report.find_nvcc(), ptxas_report.sources()
-    sources = [source for source in sources if source.name.startswith("conv3x3")]
+    sources = [source for source in sources if source.parent.name == "conv3x3"]
     if nvcc is None or not sources:
-        what = "there is no nvcc" if nvcc is None else "csrc/kernels has no conv3x3*.cu"
+        what = "there is no nvcc" if nvcc is None else "csrc/conv3x3 has no *.cu"
         return False, f"unchecked, {what}"
     kernels = [
         kernel

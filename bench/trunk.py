@@ -16,7 +16,7 @@ The calls stand back to back in a CUDA graph, so the time is that of one in a ch
 network: on Hopper a kernel of ``cuda`` may start before the one before it has ended, and one of
 the backward pass adds up the slabs that the call before it wrote, while they are in cache. Before
 a convolution there is always another launch than the weights' preparation, which it would not
-wait for (csrc/trunk.h).
+wait for (csrc/bindings/trunk.h).
 """
 
 import copy

@@ -209,7 +209,7 @@ def test_prediction_depends_on_the_resources(spilled, status, words, monkeypatch
         ]
 
     monkeypatch.setattr(ptxas_report, "find_nvcc", lambda: "nvcc")
-    monkeypatch.setattr(ptxas_report, "sources", lambda: [Path("conv3x3.cu"), Path("other.cu")])
+    monkeypatch.setattr(ptxas_report, "sources", lambda: [Path("conv3x3/a.cu"), Path("b.cu")])
     monkeypatch.setattr(ptxas_report, "report", compiled)
     assert roofline.main(["--predict", "--resources"]) == status
     assert words in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """What ptxas says of every CUDA kernel, without a GPU: ``python tools/ptxas_report.py``.
 
-Compiles csrc/kernels/*.cu for every architecture the project supports, or with ``--arch 86`` for
+Compiles csrc/*/*.cu for every architecture the project supports, or with ``--arch 86`` for
 that one, warnings being errors, and prints each kernel's registers, spilled bytes and static
 shared memory. Needs nvcc and c++filt.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 86, 89, 90)
 FLAGS = (
+    f"-I{ROOT / 'csrc'}",
     *("-std=c++20", "-O3", "-Xptxas", "-v"),
     "--threads=0",  # the architectures side by side
     *("-Xcompiler", "-Wall,-Wextra,-Werror", "-Werror", "all-warnings"),
@@ -83,7 +84,7 @@ def report(source: Path, nvcc: str, architectures: Iterable[int] = ARCHITECTURES
 
 
 def sources() -> list[Path]:
-    return sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
+    return sorted((ROOT / "csrc").glob("*/*.cu"))
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Argument checks of the public operations, before anything is launched (layer 1).
 
 Errors name the argument, the rule and the value. TypeError for what is not of the right kind
-(tensor, dtype), ValueError for the rest. csrc/checks.h has the same rules in the same words.
+(tensor, dtype), ValueError for the rest. csrc/bindings/checks.h has the same rules in the same
+words.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """``stage_border`` in the compiled extension: its shapes and gradients for torch (layer 1).
 
-Twin: ``reference.stage_border``. Kernels: csrc/kernels/stage_border.cu, their CPU twins:
-csrc/cpu.cpp.
+Twin: ``reference.stage_border``. Kernels: csrc/shortcut_a/stage_border.cu, their CPU twins:
+csrc/bindings/cpu.cpp.
 """
 
 import torch

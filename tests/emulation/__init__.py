@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: csrc/kernels compiled by the C++ compiler against emulator.h.
+"""The CUDA kernels on a CPU: csrc/*/*.cu compiled by the C++ compiler against emulator.h.
 
 ``load()`` builds those that launch through launch.cuh, once a change of the sources, and gives the
 ``Kernels``; ``load_operations()`` gives CPU tensors the operations that torch calls them by.
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parent.parent / "csrc" / "kernels"
+SOURCES = HERE.parent.parent / "csrc"
 # -O1: built and run in the least time together. longjmp between stacks is what a fiber does; the
 # fortified one refuses it
 FLAGS = ["-O1", "-std=c++20", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
@@ -116,16 +116,16 @@ def _structures(library) -> tuple[dict[str, type], dict[tuple[str, str], bool]]:
 def load() -> Kernels:
     """The kernels, built in a temporary folder that outlives the session."""
     units = [HERE / "emulator.cpp", HERE / "bindings.cpp"]
-    units += [unit for unit in SOURCES.glob("*.cu") if '"launch.cuh"' in unit.read_text()]
+    units += [unit for unit in SOURCES.glob("*/*.cu") if '"common/launch.cuh"' in unit.read_text()]
     flags = [f"-I{HERE}", "-x", "c++", "-include", str(HERE / "emulator.h")]
     return Kernels(ctypes.CDLL(str(_build("emulated_kernels.so", units, flags))))
 
 
 @functools.cache
 def load_operations() -> None:
-    """Registers the trunk's operations for CPU tensors: csrc/trunk.h on the emulated kernels."""
+    """Registers csrc/bindings/trunk.h's operations for CPU tensors, on the emulated kernels."""
     kernels = Path(load().library._name)
-    flags = [f"-I{SOURCES.parent}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     torch_libraries = Path(torch.__file__).parent / "lib"
     link = [str(kernels), f"-Wl,-rpath,{kernels.parent}", f"-L{torch_libraries}"]
@@ -136,7 +136,7 @@ def load_operations() -> None:
 def _build(name: str, units: list[Path], flags: list[str], link: Sequence[str] = ()) -> Path:
     """A shared library, built once a change of the sources, of torch or of the flags."""
     key = hashlib.sha256(" ".join([compiler(), *FLAGS, *LINK_FLAGS, torch.__version__]).encode())
-    for source in sorted([*HERE.glob("*.[ch]*"), *SOURCES.parent.glob("*.h"), *SOURCES.iterdir()]):
+    for source in sorted([*HERE.glob("*.[ch]*"), *SOURCES.glob("*/*")]):
         key.update(source.name.encode() + b"\0" + source.read_bytes())
     folder = (
         Path(tempfile.gettempdir()) / f"cifar_resnet_fast_{os.getuid()}_{key.hexdigest()[:16]}"
@@ -147,7 +147,7 @@ def _build(name: str, units: list[Path], flags: list[str], link: Sequence[str] =
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
 
             def compile_unit(unit: Path) -> str:
-                target = f"{scratch}/{unit.name}.o"
+                target = f"{scratch}/{unit.parent.name}_{unit.name}.o"
                 call = [compiler(), *FLAGS, f"-I{SOURCES}", *flags, "-c", str(unit)]
                 subprocess.run([*call, "-o", target], check=True)
                 return target

@@ -4,11 +4,11 @@
 #include <string>
 #include <type_traits>
 
-#include "conv3x3.h"
+#include "conv3x3/conv3x3.h"
 #include "emulator.h"
-#include "head.h"
-#include "stem.h"
-#include "weights.h"
+#include "pool/pool.h"
+#include "stem/stem.h"
+#include "weights/weights.h"
 
 using namespace cifar_resnet_fast;
 

@@ -1,4 +1,4 @@
-// A CPU stand-in for csrc/kernels/warp.cuh and launch.cuh, so that the kernels' own source runs in
+// A CPU stand-in for csrc/common/warp.cuh and launch.cuh, so that the kernels' own source runs in
 // the tests: a lane is a fiber, blocks run one after the other.
 //
 // What it finds beside wrong results:

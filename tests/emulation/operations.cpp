@@ -1,11 +1,11 @@
-// The trunk's operations of csrc/trunk.h on CPU tensors, with the emulated kernels; loaded by
-// torch.ops.load_library after the package's _C, which has their names.
+// The trunk's operations of csrc/bindings/trunk.h on CPU tensors, with the emulated kernels;
+// loaded by torch.ops.load_library after the package's _C, which has their names.
 //
 // The emulator's declarations only: this file is compiled without emulator.h, whose stand-ins for
 // CUDA's types would meet torch's.
 #include <cstddef>
 
-#include "trunk.h"
+#include "bindings/trunk.h"
 
 namespace cifar_resnet_fast {
 

@@ -1,7 +1,8 @@
 """``shortcut_a`` in the compiled extension: its shapes and gradients for torch (layer 1).
 
-Twin: ``reference.shortcut_a``. Kernels: csrc/kernels/shortcut_a.cu, their CPU twins: csrc/cpu.cpp.
-The operation is linear, so backward and forward are each other's gradients, to any order.
+Twin: ``reference.shortcut_a``. Kernels: csrc/shortcut_a/shortcut_a.cu, their CPU twins:
+csrc/bindings/cpu.cpp. The operation is linear, so backward and forward are each other's gradients,
+to any order.
 """
 
 import torch

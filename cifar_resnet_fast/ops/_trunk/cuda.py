@@ -1,6 +1,6 @@
 """The trunk's kernels in the compiled extension (layer 1).
 
-Kernels: csrc/kernels/{conv3x3,stem,head,weights}.h; their bindings: csrc/trunk.h. 16-bit, 32x32
+Kernels: csrc/{conv3x3,stem,pool,weights}; their bindings: csrc/bindings/trunk.h. 16-bit, 32x32
 pictures, 16, 32 and 64 channels. A kernel merges the sums that the one before left, and adds up
 its weight gradient's slabs, in its own first microseconds.
 """

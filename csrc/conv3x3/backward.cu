@@ -1,0 +1,121 @@
+// The backward kernels and their launches; conv3x3.h says what they compute, backward_geometry.cuh
+// how.
+#include "common/launch.cuh"
+#include "conv3x3/backward_dgrad.cuh"
+#include "conv3x3/backward_producer.cuh"
+#include "conv3x3/backward_wgrad.cuh"
+
+namespace cifar_resnet_fast {
+namespace {
+
+template <class G>
+__global__ void __launch_bounds__(G::kThreads, 1) conv3x3_backward_kernel(BackwardParams p) {
+  const Place place = G::place(thread_index() >> 5);
+  const int row = block_index() / G::kSplit, rows = G::rows(block_count(), p.images);
+  const bool has_row = row < rows;
+  const Share units(has_row ? G::units(p.images) : 0, row * G::kGroups + place.group,
+                    rows * G::kGroups);
+  const BackwardBlock block = {units, block_index() % G::kSplit, row, place.group,
+                               shared_start() + G::kGroupsAt + place.group * G::kGroupBytes};
+  if (place.role == Role::kProducer) {
+    wait_for_kernel_before();
+    produce_backward<G>(p, block, place.index);
+  } else if (place.role == Role::kWeightGradient) {
+    weight_gradient<G>(p, block, place.index);
+  } else if constexpr (G::STRIDE == 1) {
+    input_gradient<G>(p, block, place.index);
+  } else {
+    input_gradient_stride_2<G>(p, block, place.index);
+  }
+  if (!has_row) return;
+  // the block's part of its row of sums, over the warps that summed in order
+  for (int i = thread_index(); i < 2 * G::kIn; i += G::kThreads) {
+    float sum = 0;
+    for (int s = 0; s < G::kSummers; ++s) {
+      sum += load_shared_float(shared_start() + G::kSumsAt + s * G::kSummerBytes + i * 4);
+    }
+    const int which = i / G::kIn, c = block.split * G::kIn + i % G::kIn;
+    store_float(p.out_sums + (row * 2 + which) * G::C + c, sum);
+  }
+  if (G::kGroups > 1) {
+    float* slab = p.slabs + static_cast<long long>(row) * G::kSlabElements;
+    for (int i = thread_index() * 4; i < G::kSlabElements; i += G::kThreads * 4) {
+      store_16_bytes(slab + i, load_shared_16_bytes(shared_start() + G::kGroupsAt + i * 4));
+    }
+  }
+}
+
+template <class T, int C, int STRIDE, bool RESIDUAL>
+int launch_backward(const BackwardParams& p, int blocks, bool overlap, void* stream) {
+  using G = BackwardGeometry<T, C, STRIDE, RESIDUAL>;
+  return launch(conv3x3_backward_kernel<G>, p,
+                {(blocks + G::kSplit - 1) / G::kSplit * G::kSplit, G::kThreads, G::kSharedBytes,
+                 overlap, stream});
+}
+
+template <class T>
+int launch_backward(const BackwardParams& p, int channels, int stride, int blocks, bool overlap,
+                    void* stream) {
+  const bool residual = p.residual != nullptr;
+  if (stride == 2) {  // the first convolution of a block, so always B1
+    if (!residual) return kBadPointer;
+    if (channels == 16) return launch_backward<T, 16, 2, true>(p, blocks, overlap, stream);
+    if (channels == 32) return launch_backward<T, 32, 2, true>(p, blocks, overlap, stream);
+    return kBadShape;
+  }
+  if (stride != 1) return kBadShape;
+  switch (channels) {
+    case 16:
+      return residual ? launch_backward<T, 16, 1, true>(p, blocks, overlap, stream)
+                      : launch_backward<T, 16, 1, false>(p, blocks, overlap, stream);
+    case 32:
+      return residual ? launch_backward<T, 32, 1, true>(p, blocks, overlap, stream)
+                      : launch_backward<T, 32, 1, false>(p, blocks, overlap, stream);
+    case 64:
+      return residual ? launch_backward<T, 64, 1, true>(p, blocks, overlap, stream)
+                      : launch_backward<T, 64, 1, false>(p, blocks, overlap, stream);
+    default:
+      return kBadShape;
+  }
+}
+
+// B1 and B2 have the same units and splits
+template <int C, int STRIDE>
+int backward_rows(int blocks, int images) {
+  using B1 = BackwardGeometry<BFloat16, C, STRIDE, true>;
+  using B2 = BackwardGeometry<BFloat16, C, STRIDE, false>;
+  static_assert(B1::kImages == B2::kImages && B1::kSplit == B2::kSplit);
+  return B1::rows(blocks, images);
+}
+
+}  // namespace
+
+int conv3x3_backward_rows(int channels, int stride, int blocks, int images) {
+  if (stride == 2) {
+    return channels == 16 ? backward_rows<16, 2>(blocks, images)
+                          : backward_rows<32, 2>(blocks, images);
+  }
+  return channels == 16   ? backward_rows<16, 1>(blocks, images)
+         : channels == 32 ? backward_rows<32, 1>(blocks, images)
+                          : backward_rows<64, 1>(blocks, images);
+}
+
+int conv3x3_backward(const BackwardParams& p, Dtype dtype, int channels, int stride, int blocks,
+                     bool overlap, void* stream) {
+  if (p.images < 1 || p.images > 65535) return kBadImages;
+  if (blocks < 1) return kBadBlocks;
+  const BackwardNorm& n = p.norm;
+  const bool b1 = p.residual != nullptr;
+  if (p.dz == nullptr || p.y == nullptr || p.input == nullptr || p.weight == nullptr ||
+      p.out == nullptr || p.out_sums == nullptr || p.slabs == nullptr || n.sums == nullptr ||
+      n.weight == nullptr || n.saved == nullptr || n.dweight == nullptr || n.dbias == nullptr ||
+      p.saved_before == nullptr || (b1 && p.y_before == nullptr) ||
+      (p.before.slabs != nullptr && p.before.dweight == nullptr)) {
+    return kBadPointer;
+  }
+  return dtype == Dtype::kFloat16
+             ? launch_backward<Float16>(p, channels, stride, blocks, overlap, stream)
+             : launch_backward<BFloat16>(p, channels, stride, blocks, overlap, stream);
+}
+
+}  // namespace cifar_resnet_fast

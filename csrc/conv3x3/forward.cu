@@ -1,0 +1,98 @@
+// The forward kernels and their launches; conv3x3.h says what they compute, forward.cuh how.
+#include "common/launch.cuh"
+#include "conv3x3/forward.cuh"
+
+namespace cifar_resnet_fast {
+namespace {
+
+template <class T, int C, int STRIDE, bool FINISHES>
+__global__ void __launch_bounds__((ForwardGeometry<C, STRIDE, FINISHES>::kThreads), 1)
+    conv3x3_forward_kernel(ForwardParams p) {
+  using G = ForwardGeometry<C, STRIDE, FINISHES>;
+  constexpr int kConvolvers = G::kConfig.groups * G::kConvolvers;
+  const int warp = thread_index() >> 5;
+  const bool produces = warp >= kConvolvers;
+  const int role_warps = produces ? G::kConfig.producers : G::kConvolvers;
+  const int warp_of_role = produces ? warp - kConvolvers : warp;
+  const int group = warp_of_role / role_warps, index = warp_of_role % role_warps;
+  const uint32_t halo = shared_start() + G::kGroupsAt + group * G::kGroupBytes;
+  const Share units((p.images + G::kImages - 1) / G::kImages,
+                    block_index() * G::kConfig.groups + group, block_count() * G::kConfig.groups);
+  if (produces) {
+    wait_for_kernel_before();
+    produce_rows<T, G, C, FINISHES>(p, units, group, index, halo);
+  } else if constexpr (STRIDE == 1) {
+    convolve_rows<T, G, C>(p, units, group, index, halo);
+  } else {
+    convolve_rows_stride_2<T, G, C>(p, units, group, index, halo);
+  }
+  // the block's row of sums, over its groups in order
+  for (int i = thread_index(); i < 2 * G::kOut; i += G::kThreads) {
+    const int which = i / G::kOut, c = i % G::kOut;
+    float sum = 0;
+    for (int g = 0; g < G::kConfig.groups; ++g) {
+      sum += load_shared_float(shared_start() + G::kGroupsAt +
+                               (g * G::kConvolvers + c / 16) * kWarpSumBytes +
+                               (which * 16 + c % 16) * 4);
+    }
+    store_float(p.out_sums + block_index() * 2 * G::kOut + i, sum);
+  }
+}
+
+template <class T, int C, int STRIDE, bool FINISHES>
+int launch_forward(const ForwardParams& p, int blocks, bool overlap, void* stream) {
+  using G = ForwardGeometry<C, STRIDE, FINISHES>;
+  return launch(conv3x3_forward_kernel<T, C, STRIDE, FINISHES>, p,
+                {blocks, G::kThreads, G::kSharedBytes, overlap, stream});
+}
+
+template <class T>
+int launch_forward(const ForwardParams& p, int channels, int stride, int blocks, bool overlap,
+                   void* stream) {
+  const bool finishes = p.x != nullptr;
+  if (stride == 2) {  // the first convolution of a block, so always F1
+    if (!finishes) return kBadPointer;
+    if (channels == 16) return launch_forward<T, 16, 2, true>(p, blocks, overlap, stream);
+    if (channels == 32) return launch_forward<T, 32, 2, true>(p, blocks, overlap, stream);
+    return kBadShape;
+  }
+  if (stride != 1) return kBadShape;
+  switch (channels) {
+    case 16:
+      return finishes ? launch_forward<T, 16, 1, true>(p, blocks, overlap, stream)
+                      : launch_forward<T, 16, 1, false>(p, blocks, overlap, stream);
+    case 32:
+      return finishes ? launch_forward<T, 32, 1, true>(p, blocks, overlap, stream)
+                      : launch_forward<T, 32, 1, false>(p, blocks, overlap, stream);
+    case 64:
+      return finishes ? launch_forward<T, 64, 1, true>(p, blocks, overlap, stream)
+                      : launch_forward<T, 64, 1, false>(p, blocks, overlap, stream);
+    default:
+      return kBadShape;
+  }
+}
+
+}  // namespace
+
+int conv3x3_forward(const ForwardParams& p, Dtype dtype, int channels, int stride, int blocks,
+                    bool overlap, void* stream) {
+  if (p.images < 1 || p.images > 65535) return kBadImages;
+  if (blocks < 1) return kBadBlocks;
+  const ForwardNorm& n = p.norm;
+  for (const void* needed :
+       {p.y, p.weight, static_cast<const void*>(p.out), static_cast<const void*>(p.out_sums),
+        static_cast<const void*>(n.sums), static_cast<const void*>(n.weight),
+        static_cast<const void*>(n.bias), static_cast<const void*>(n.running_mean),
+        static_cast<const void*>(n.running_var), static_cast<const void*>(n.saved)}) {
+    if (needed == nullptr) return kBadPointer;
+  }
+  if (p.x != nullptr && p.shortcut_kind != Shortcut::kNone && p.shortcut == nullptr) {
+    return kBadPointer;
+  }
+  if (p.shortcut_kind == Shortcut::kOptionA && channels == 16) return kBadShortcut;
+  return dtype == Dtype::kFloat16
+             ? launch_forward<Float16>(p, channels, stride, blocks, overlap, stream)
+             : launch_forward<BFloat16>(p, channels, stride, blocks, overlap, stream);
+}
+
+}  // namespace cifar_resnet_fast
