@@ -9,8 +9,8 @@
 // variance, where y itself, rounded to bfloat16, is off by a fifth of the standard deviation.
 #pragma once
 
+#include "common/params.h"
 #include "common/warp.cuh"
-#include "conv3x3/conv3x3.h"
 
 namespace cifar_resnet_fast {
 

@@ -1,8 +1,8 @@
 // Adding up the weight-gradient slabs that a backward kernel left, one a block.
 #pragma once
 
+#include "common/params.h"
 #include "common/warp.cuh"
-#include "conv3x3/conv3x3.h"
 
 namespace cifar_resnet_fast {
 

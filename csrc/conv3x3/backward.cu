@@ -1,6 +1,7 @@
 // The backward kernels and their launches; conv3x3.h says what they compute, backward_geometry.cuh
 // how.
 #include "common/launch.cuh"
+#include "common/shapes.cuh"
 #include "conv3x3/backward_dgrad.cuh"
 #include "conv3x3/backward_producer.cuh"
 #include "conv3x3/backward_wgrad.cuh"
@@ -53,51 +54,16 @@ int launch_backward(const BackwardParams& p, int blocks, bool overlap, void* str
                  overlap, stream});
 }
 
-template <class T>
-int launch_backward(const BackwardParams& p, int channels, int stride, int blocks, bool overlap,
-                    void* stream) {
-  const bool residual = p.residual != nullptr;
-  if (stride == 2) {  // the first convolution of a block, so always B1
-    if (!residual) return kBadPointer;
-    if (channels == 16) return launch_backward<T, 16, 2, true>(p, blocks, overlap, stream);
-    if (channels == 32) return launch_backward<T, 32, 2, true>(p, blocks, overlap, stream);
-    return kBadShape;
-  }
-  if (stride != 1) return kBadShape;
-  switch (channels) {
-    case 16:
-      return residual ? launch_backward<T, 16, 1, true>(p, blocks, overlap, stream)
-                      : launch_backward<T, 16, 1, false>(p, blocks, overlap, stream);
-    case 32:
-      return residual ? launch_backward<T, 32, 1, true>(p, blocks, overlap, stream)
-                      : launch_backward<T, 32, 1, false>(p, blocks, overlap, stream);
-    case 64:
-      return residual ? launch_backward<T, 64, 1, true>(p, blocks, overlap, stream)
-                      : launch_backward<T, 64, 1, false>(p, blocks, overlap, stream);
-    default:
-      return kBadShape;
-  }
-}
-
-// B1 and B2 have the same units and splits
-template <int C, int STRIDE>
-int backward_rows(int blocks, int images) {
-  using B1 = BackwardGeometry<BFloat16, C, STRIDE, true>;
-  using B2 = BackwardGeometry<BFloat16, C, STRIDE, false>;
-  static_assert(B1::kImages == B2::kImages && B1::kSplit == B2::kSplit);
-  return B1::rows(blocks, images);
-}
-
 }  // namespace
 
 int conv3x3_backward_rows(int channels, int stride, int blocks, int images) {
-  if (stride == 2) {
-    return channels == 16 ? backward_rows<16, 2>(blocks, images)
-                          : backward_rows<32, 2>(blocks, images);
-  }
-  return channels == 16   ? backward_rows<16, 1>(blocks, images)
-         : channels == 32 ? backward_rows<32, 1>(blocks, images)
-                          : backward_rows<64, 1>(blocks, images);
+  return with_shape(channels, stride, [&](auto shape) {
+    // B1 and B2 have the same units and splits
+    using B1 = BackwardGeometry<BFloat16, shape.kChannels, shape.kStride, true>;
+    using B2 = BackwardGeometry<BFloat16, shape.kChannels, shape.kStride, false>;
+    static_assert(B1::kImages == B2::kImages && B1::kSplit == B2::kSplit);
+    return B1::rows(blocks, images);
+  });
 }
 
 int conv3x3_backward(const BackwardParams& p, Dtype dtype, int channels, int stride, int blocks,
@@ -113,9 +79,20 @@ int conv3x3_backward(const BackwardParams& p, Dtype dtype, int channels, int str
       (p.before.slabs != nullptr && p.before.dweight == nullptr)) {
     return kBadPointer;
   }
-  return dtype == Dtype::kFloat16
-             ? launch_backward<Float16>(p, channels, stride, blocks, overlap, stream)
-             : launch_backward<BFloat16>(p, channels, stride, blocks, overlap, stream);
+  return with_shape(channels, stride, [&](auto shape) {
+    return with_type(dtype, [&](auto type) -> int {
+      using S = decltype(shape);
+      using T = decltype(type);
+      if (p.residual != nullptr) {
+        return launch_backward<T, S::kChannels, S::kStride, true>(p, blocks, overlap, stream);
+      }
+      if constexpr (S::kStride == 1) {
+        return launch_backward<T, S::kChannels, S::kStride, false>(p, blocks, overlap, stream);
+      } else {
+        return kBadPointer;  // the first convolution of a block, so always B1
+      }
+    });
+  });
 }
 
 }  // namespace cifar_resnet_fast

@@ -5,6 +5,7 @@
 // barrier k the rows of step k are there, and those of step k - 1 have been read: their place is
 // filled next.
 #include "common/launch.cuh"
+#include "common/shapes.cuh"
 #include "conv3x3/forward.cuh"
 
 namespace cifar_resnet_fast {
@@ -176,24 +177,6 @@ __global__ void __launch_bounds__(G::kThreads, 1) conv3x3_evaluate_kernel(Evalua
   }
 }
 
-template <class T, int C, int STRIDE>
-int launch_evaluate(const EvaluateParams& p, int blocks, bool overlap, void* stream) {
-  using G = EvaluateGeometry<C, STRIDE>;
-  return launch(conv3x3_evaluate_kernel<T, G>, p,
-                {blocks, G::kThreads, G::kSharedBytes, overlap, stream});
-}
-
-template <class T>
-int launch_evaluate(const EvaluateParams& p, int channels, int stride, int blocks, bool overlap,
-                    void* stream) {
-  if (stride == 1 && channels == 16) return launch_evaluate<T, 16, 1>(p, blocks, overlap, stream);
-  if (stride == 1 && channels == 32) return launch_evaluate<T, 32, 1>(p, blocks, overlap, stream);
-  if (stride == 1 && channels == 64) return launch_evaluate<T, 64, 1>(p, blocks, overlap, stream);
-  if (stride == 2 && channels == 16) return launch_evaluate<T, 16, 2>(p, blocks, overlap, stream);
-  if (stride == 2 && channels == 32) return launch_evaluate<T, 32, 2>(p, blocks, overlap, stream);
-  return kBadShape;
-}
-
 }  // namespace
 
 int conv3x3_evaluate(const EvaluateParams& p, Dtype dtype, int channels, int stride, int blocks,
@@ -205,9 +188,13 @@ int conv3x3_evaluate(const EvaluateParams& p, Dtype dtype, int channels, int str
     return kBadPointer;
   }
   if (p.shortcut_kind == Shortcut::kOptionA && channels * stride == 16) return kBadShortcut;
-  return dtype == Dtype::kFloat16
-             ? launch_evaluate<Float16>(p, channels, stride, blocks, overlap, stream)
-             : launch_evaluate<BFloat16>(p, channels, stride, blocks, overlap, stream);
+  return with_shape(channels, stride, [&](auto shape) {
+    return with_type(dtype, [&](auto type) {
+      using G = EvaluateGeometry<shape.kChannels, shape.kStride>;
+      return launch(conv3x3_evaluate_kernel<decltype(type), G>, p,
+                    {blocks, G::kThreads, G::kSharedBytes, overlap, stream});
+    });
+  });
 }
 
 }  // namespace cifar_resnet_fast

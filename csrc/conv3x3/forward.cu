@@ -1,5 +1,6 @@
 // The forward kernels and their launches; conv3x3.h says what they compute, forward.cuh how.
 #include "common/launch.cuh"
+#include "common/shapes.cuh"
 #include "conv3x3/forward.cuh"
 
 namespace cifar_resnet_fast {
@@ -46,32 +47,6 @@ int launch_forward(const ForwardParams& p, int blocks, bool overlap, void* strea
                 {blocks, G::kThreads, G::kSharedBytes, overlap, stream});
 }
 
-template <class T>
-int launch_forward(const ForwardParams& p, int channels, int stride, int blocks, bool overlap,
-                   void* stream) {
-  const bool finishes = p.x != nullptr;
-  if (stride == 2) {  // the first convolution of a block, so always F1
-    if (!finishes) return kBadPointer;
-    if (channels == 16) return launch_forward<T, 16, 2, true>(p, blocks, overlap, stream);
-    if (channels == 32) return launch_forward<T, 32, 2, true>(p, blocks, overlap, stream);
-    return kBadShape;
-  }
-  if (stride != 1) return kBadShape;
-  switch (channels) {
-    case 16:
-      return finishes ? launch_forward<T, 16, 1, true>(p, blocks, overlap, stream)
-                      : launch_forward<T, 16, 1, false>(p, blocks, overlap, stream);
-    case 32:
-      return finishes ? launch_forward<T, 32, 1, true>(p, blocks, overlap, stream)
-                      : launch_forward<T, 32, 1, false>(p, blocks, overlap, stream);
-    case 64:
-      return finishes ? launch_forward<T, 64, 1, true>(p, blocks, overlap, stream)
-                      : launch_forward<T, 64, 1, false>(p, blocks, overlap, stream);
-    default:
-      return kBadShape;
-  }
-}
-
 }  // namespace
 
 int conv3x3_forward(const ForwardParams& p, Dtype dtype, int channels, int stride, int blocks,
@@ -90,9 +65,20 @@ int conv3x3_forward(const ForwardParams& p, Dtype dtype, int channels, int strid
     return kBadPointer;
   }
   if (p.shortcut_kind == Shortcut::kOptionA && channels == 16) return kBadShortcut;
-  return dtype == Dtype::kFloat16
-             ? launch_forward<Float16>(p, channels, stride, blocks, overlap, stream)
-             : launch_forward<BFloat16>(p, channels, stride, blocks, overlap, stream);
+  return with_shape(channels, stride, [&](auto shape) {
+    return with_type(dtype, [&](auto type) -> int {
+      using S = decltype(shape);
+      using T = decltype(type);
+      if (p.x != nullptr) {
+        return launch_forward<T, S::kChannels, S::kStride, true>(p, blocks, overlap, stream);
+      }
+      if constexpr (S::kStride == 1) {
+        return launch_forward<T, S::kChannels, S::kStride, false>(p, blocks, overlap, stream);
+      } else {
+        return kBadPointer;  // the first convolution of a block, so always F1
+      }
+    });
+  });
 }
 
 }  // namespace cifar_resnet_fast

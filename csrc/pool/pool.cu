@@ -8,6 +8,7 @@
 #include "common/launch.cuh"
 #include "common/norm.cuh"
 #include "common/row_layout.cuh"
+#include "common/shapes.cuh"
 #include "pool/pool.h"
 
 namespace cifar_resnet_fast {
@@ -178,13 +179,11 @@ int head_forward(const HeadForwardParams& p, Dtype dtype, int blocks, bool overl
     return kBadPointer;
   }
   const LaunchShape shape = {blocks, kThreads, kForwardBytes, overlap, stream};
-  const bool half = dtype == Dtype::kFloat16;
-  if (p.images <= blocks) {
-    return half ? launch(head_forward_kernel<Float16, true>, p, shape)
-                : launch(head_forward_kernel<BFloat16, true>, p, shape);
-  }
-  return half ? launch(head_forward_kernel<Float16, false>, p, shape)
-              : launch(head_forward_kernel<BFloat16, false>, p, shape);
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    return p.images <= blocks ? launch(head_forward_kernel<T, true>, p, shape)
+                              : launch(head_forward_kernel<T, false>, p, shape);
+  });
 }
 
 int head_backward(const HeadBackwardParams& p, Dtype dtype, int blocks, bool overlap,
@@ -196,13 +195,11 @@ int head_backward(const HeadBackwardParams& p, Dtype dtype, int blocks, bool ove
     return kBadPointer;
   }
   const LaunchShape shape = {blocks, kThreads, kBackwardBytes, overlap, stream};
-  const bool half = dtype == Dtype::kFloat16;
-  if (p.images <= blocks) {
-    return half ? launch(head_backward_kernel<Float16, true>, p, shape)
-                : launch(head_backward_kernel<BFloat16, true>, p, shape);
-  }
-  return half ? launch(head_backward_kernel<Float16, false>, p, shape)
-              : launch(head_backward_kernel<BFloat16, false>, p, shape);
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    return p.images <= blocks ? launch(head_backward_kernel<T, true>, p, shape)
+                              : launch(head_backward_kernel<T, false>, p, shape);
+  });
 }
 
 }  // namespace cifar_resnet_fast

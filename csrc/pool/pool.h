@@ -1,8 +1,8 @@
 // The end of the network's body: the last block's activation and the average over its 8x8 pixels.
-// Statuses and dtypes as in conv3x3.h.
+// Statuses and dtypes as in params.h.
 #pragma once
 
-#include "conv3x3/conv3x3.h"
+#include "common/params.h"
 
 namespace cifar_resnet_fast {
 

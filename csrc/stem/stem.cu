@@ -7,6 +7,7 @@
 #include "common/conv_rows.cuh"
 #include "common/launch.cuh"
 #include "common/norm.cuh"
+#include "common/shapes.cuh"
 #include "common/slabs.cuh"
 #include "stem/stem.h"
 
@@ -317,13 +318,11 @@ int stem_forward(const StemForwardParams& p, Dtype dtype, int blocks, bool overl
     return kBadPointer;
   }
   const LaunchShape shape = {blocks, kThreads, kWarps * kWarpSumBytes, overlap, stream};
-  const bool half = dtype == Dtype::kFloat16;
-  if (p.bias != nullptr) {
-    return half ? launch(stem_forward_kernel<Float16, true>, p, shape)
-                : launch(stem_forward_kernel<BFloat16, true>, p, shape);
-  }
-  return half ? launch(stem_forward_kernel<Float16, false>, p, shape)
-              : launch(stem_forward_kernel<BFloat16, false>, p, shape);
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    return p.bias != nullptr ? launch(stem_forward_kernel<T, true>, p, shape)
+                             : launch(stem_forward_kernel<T, false>, p, shape);
+  });
 }
 
 int stem_backward(const StemBackwardParams& p, Dtype dtype, int blocks, bool overlap,
@@ -337,8 +336,8 @@ int stem_backward(const StemBackwardParams& p, Dtype dtype, int blocks, bool ove
     return kBadPointer;
   }
   const LaunchShape shape = {blocks, kThreads, kBackwardBytes, overlap, stream};
-  return dtype == Dtype::kFloat16 ? launch(stem_backward_kernel<Float16>, p, shape)
-                                  : launch(stem_backward_kernel<BFloat16>, p, shape);
+  return with_type(
+      dtype, [&](auto type) { return launch(stem_backward_kernel<decltype(type)>, p, shape); });
 }
 
 int sum_slabs(const SlabSum& slabs, int blocks, bool overlap, void* stream) {

@@ -1,8 +1,8 @@
 // The first convolution, 3 to 16 channels, on pictures [N, 32, 32, 4], 16-bit, channels-last,
-// whose fourth channel is ignored. Statuses and dtypes as in conv3x3.h.
+// whose fourth channel is ignored. Statuses and dtypes as in params.h.
 #pragma once
 
-#include "conv3x3/conv3x3.h"
+#include "common/params.h"
 
 namespace cifar_resnet_fast {
 

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "common/launch.cuh"
+#include "common/shapes.cuh"
 #include "common/warp.cuh"
 #include "weights/weights.h"
 
@@ -101,8 +102,9 @@ __global__ void __launch_bounds__(kThreads) prepare_weights_kernel(WeightParams<
 template <bool FOLDS>
 int launch_for(const WeightParams<FOLDS>& p, int count, Dtype dtype, void* stream) {
   const LaunchShape shape = {count * kBlocksPerLayer, kThreads, kThreads * 4, false, stream};
-  return dtype == Dtype::kFloat16 ? launch(prepare_weights_kernel<Float16, FOLDS>, p, shape)
-                                  : launch(prepare_weights_kernel<BFloat16, FOLDS>, p, shape);
+  return with_type(dtype, [&](auto type) {
+    return launch(prepare_weights_kernel<decltype(type), FOLDS>, p, shape);
+  });
 }
 
 TrainedLayer trained(const LayerWeights& layer) {

@@ -6,7 +6,7 @@
 // results are the four neighbouring channels 16 h + 4t .. 4t + 3.
 #pragma once
 
-#include "conv3x3/conv3x3.h"
+#include "common/params.h"
 
 namespace cifar_resnet_fast {
 
