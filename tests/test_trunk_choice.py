@@ -143,3 +143,18 @@ def test_refused_by_name_and_passed_on_by_auto(name, monkeypatch):
 def test_named_where_it_cannot_run():
     with pytest.raises(RuntimeError, match="'cuda' cannot run trunk on cpu: .* need a CUDA GPU"):
         ops.trunk(**wrong(), implementation="cuda")
+
+
+def test_auto_passes_over_an_implementation_whose_rules_are_broken(monkeypatch):
+    """The one dispatcher of all operations, with a device and rules of its own."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(choice, "why_not", lambda *_: None)
+    broken = {"cuda": ValueError("x must be even"), "triton": None, "reference": None}
+    assert choice.choose("auto", gpu, "trunk") == "cuda"
+    assert choice.choose("auto", gpu, "trunk", broken.get) == "triton"
+    broken["triton"] = TypeError("x must be float16")
+    assert choice.choose("auto", gpu, "trunk", broken.get) == "reference"
+    with pytest.raises(ValueError, match="x must be even"):
+        choice.choose("cuda", gpu, "trunk", broken.get)
+    with pytest.raises(TypeError, match="x must be float16"):
+        choice.choose("triton", gpu, "trunk", broken.get)

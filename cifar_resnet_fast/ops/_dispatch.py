@@ -11,6 +11,7 @@ environment has TRITON_INTERPRET=1.
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -92,17 +93,30 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-def choose(implementation: str, device: torch.device, operation: str) -> str:
+def no_rules(implementation: str) -> None:
+    """The ``broken_rule`` of an operation whose implementations all take the same arguments."""
+
+
+def choose(
+    implementation: str,
+    device: torch.device,
+    operation: str,
+    broken_rule: Callable[[str], Exception | None] = no_rules,
+) -> str:
     """The name of the implementation of ``operation`` that runs on ``device``.
 
     Args:
         implementation: ``auto`` or one of ``IMPLEMENTATIONS``
         device: where the tensors live
         operation: one of ``OPERATIONS``
+        broken_rule: of an implementation's name. the first of the rules which it has besides those
+            of the reference that the arguments break, as the error to raise; None if they break
+            none. ``auto`` passes over an implementation whose rules are broken
 
     Raises:
         ValueError: the name is unknown
         RuntimeError: the named implementation cannot run on ``device``; says why
+        Exception: the named implementation's broken rule
     """
     if isinstance(implementation, str) and implementation == "auto":
         why_not("reference", device, operation)  # what is wrong with the others
@@ -110,10 +124,17 @@ def choose(implementation: str, device: torch.device, operation: str) -> str:
         if device.type != "cuda":
             return "reference"
         names = OPERATIONS[operation]
-        return next(name for name in names if why_not(name, device, operation) is None)
+        return next(
+            name
+            for name in names
+            if why_not(name, device, operation) is None and broken_rule(name) is None
+        )
     reason = why_not(implementation, device, operation)
     if reason is not None:
         raise RuntimeError(
             f"implementation {implementation!r} cannot run {operation} on {device}: {reason}"
         )
+    broken = broken_rule(implementation)
+    if broken is not None:
+        raise broken
     return implementation

@@ -8,10 +8,8 @@ the gradient that arrives, in one launch.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops import _dispatch as choice
 from cifar_resnet_fast.ops._checks import (
     autocast_dtype,
     check_dense,
@@ -19,7 +17,9 @@ from cifar_resnet_fast.ops._checks import (
     check_number,
     check_shape,
     check_tensor,
+    once_differentiable,
 )
+from cifar_resnet_fast.ops._dispatch import choose
 
 MOST_CLASSES, MOST_FEATURES = 1024, 1024
 
@@ -67,7 +67,13 @@ def linear_cross_entropy(
     """
     _check(features, weight, bias, labels, label_smoothing, labels_b, ratio)
     settings = {"label_smoothing": label_smoothing, "labels_b": labels_b, "ratio": ratio}
-    if _choose(implementation, features, len(weight)) == "triton":
+    chosen = choose(
+        implementation,
+        features.device,
+        "linear_cross_entropy",
+        lambda name: _broken_rule(name, features, len(weight)),
+    )
+    if chosen == "triton":
         return _LinearCrossEntropy.apply(
             features, weight, bias, labels, labels_b, ratio, label_smoothing
         )
@@ -120,28 +126,24 @@ def _check(
         raise ValueError(f"label_smoothing must be in 0 .. 1, got {label_smoothing}")
 
 
-def _choose(implementation: str, features: Tensor, K: int) -> str:
-    """The implementation that runs; raises what hinders one that was asked for by name."""
-    chosen = choice.choose(implementation, features.device, "linear_cross_entropy")
-    if chosen != "triton":
-        return chosen
-    broken = None
+def _broken_rule(implementation: str, features: Tensor, K: int) -> Exception | None:
+    """The first rule of an implementation that the arguments break."""
+    if implementation != "triton":
+        return None
     if features.dtype != torch.float32:
-        broken = TypeError(
+        return TypeError(
             f"features must be torch.float32 for implementation 'triton', got {features.dtype}"
         )
-    elif K > MOST_CLASSES:
-        broken = ValueError(
+    if K > MOST_CLASSES:
+        return ValueError(
             f"weight must have at most {MOST_CLASSES} classes for implementation 'triton', got {K}"
         )
-    elif features.shape[1] > MOST_FEATURES or features.numel() >= 2**31:
-        broken = ValueError(
+    if features.shape[1] > MOST_FEATURES or features.numel() >= 2**31:
+        return ValueError(
             f"features must have at most {MOST_FEATURES} columns and fewer than 2**31 elements "
             f"for implementation 'triton', got shape {tuple(features.shape)}"
         )
-    if broken is not None and implementation == "triton":
-        raise broken
-    return "triton" if broken is None else "reference"
+    return None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -81,18 +81,21 @@ def conv_bn_relu(
     if shortcut is not None:
         shortcut = shortcut.to(dtype)
 
-    chosen = choose(implementation, x.device, "conv_bn_relu")
+    vectors = (bn_weight, bn_bias, running_mean, running_var)
+    elements = N * max(C * H * W, K * HO * WO)
+    chosen = choose(
+        implementation,
+        x.device,
+        "conv_bn_relu",
+        lambda name: _broken_rule(name, x, C, K, elements, vectors),
+    )
     if chosen == "triton":
-        vectors = (bn_weight, bn_bias, running_mean, running_var)
-        broken = _broken_triton_rule(x, C, K, N * max(C * H * W, K * HO * WO), vectors)
-        if broken is None:
-            from cifar_resnet_fast.ops._conv_bn_relu.triton import conv_bn_relu_triton
+        # triton is imported only where it is used
+        from cifar_resnet_fast.ops._conv_bn_relu.triton import conv_bn_relu_triton
 
-            return conv_bn_relu_triton(
-                x, weight, *vectors, shortcut, stride, relu, training, momentum, eps
-            )
-        if implementation == "triton":
-            raise broken
+        return conv_bn_relu_triton(
+            x, weight, *vectors, shortcut, stride, relu, training, momentum, eps
+        )
     return reference.conv_bn_relu(
         x,
         weight,
@@ -148,10 +151,12 @@ def check_unit(
     return N, C, H, W, K, HO, WO
 
 
-def _broken_triton_rule(
-    x: Tensor, C: int, K: int, elements: int, vectors: tuple[Tensor, ...]
+def _broken_rule(
+    implementation: str, x: Tensor, C: int, K: int, elements: int, vectors: tuple[Tensor, ...]
 ) -> Exception | None:
-    """The first rule of the Triton kernels that the arguments break."""
+    """The first rule of an implementation that the arguments break."""
+    if implementation != "triton":
+        return None
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return TypeError(
             f"x must be float16, bfloat16 or float32 for implementation 'triton', got {x.dtype}"

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from cifar_resnet_fast import reference
 from cifar_resnet_fast.ops._checks import (
-    check_channels_last,
     check_out_channels,
     check_stride,
     check_tensor,
@@ -42,20 +41,29 @@ def shortcut_a(
     check_stride(stride)
     check_tensor("x", x, "N C H W")
     check_out_channels("out_channels", x.shape[1], out_channels)
-    if implementation == "cuda":
-        check_channels_last("x", x)
-    chosen = choose(implementation, x.device, "shortcut_a")
-    if chosen == "cuda" and is_channels_last(x):
+    if implementation == "auto" and not is_channels_last(x):
+        implementation = "reference"  # which keeps the memory format
+    chosen = choose(
+        implementation, x.device, "shortcut_a", lambda name: _broken_rule(name, x, out_channels)
+    )
+    if chosen == "cuda":
         return shortcut_a_cuda(x, out_channels, stride)
-    elements = x.numel() // x.shape[1] * out_channels
-    if implementation == "triton" and elements >= 2**31:
-        raise ValueError(
-            f"x with out_channels must have fewer than 2**31 elements for implementation "
-            f"'triton', got {elements}"
-        )
-    if chosen == "triton" and elements < 2**31:
+    if chosen == "triton":
         # triton is imported only where it is used
         from cifar_resnet_fast.ops._shortcut_a.triton import shortcut_a_triton
 
         return shortcut_a_triton(x, out_channels, stride)
     return reference.shortcut_a(x, out_channels, stride)
+
+
+def _broken_rule(implementation: str, x: Tensor, out_channels: int) -> Exception | None:
+    """The first rule of an implementation that the arguments break."""
+    if implementation == "cuda" and not is_channels_last(x):
+        return ValueError(f"x must be channels-last [N, C, H, W], got strides {x.stride()}")
+    elements = x.numel() // x.shape[1] * out_channels
+    if implementation == "triton" and elements >= 2**31:
+        return ValueError(
+            f"x with out_channels must have fewer than 2**31 elements for implementation "
+            f"'triton', got {elements}"
+        )
+    return None

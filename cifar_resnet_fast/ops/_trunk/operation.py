@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops import _dispatch as choice
 from cifar_resnet_fast.ops._checks import (
     check_bool,
     check_number,
@@ -23,6 +22,7 @@ from cifar_resnet_fast.ops._checks import (
     is_channels_last,
     is_dense,
 )
+from cifar_resnet_fast.ops._dispatch import choose
 from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
 from cifar_resnet_fast.ops._trunk import schedule
 from cifar_resnet_fast.reference import Unit
@@ -81,7 +81,12 @@ def trunk(
     _check(pictures, units, training)
     dtype = compute_dtype(pictures)
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for u in units for t in u[:3])
-    chosen = _choose(implementation, pictures, units, dtype, training, wants_grad)
+    chosen = choose(
+        implementation,
+        pictures.device,
+        "trunk",
+        lambda name: _broken_rule(name, pictures, units, dtype, training, wants_grad),
+    )
     if chosen == "reference":
         return reference.trunk(pictures.to(dtype), units, training=training)
     # only where it is used: torch.library's custom operations import triton
@@ -146,28 +151,6 @@ def _check_unit(i: int, unit: Unit, pictures: Tensor, C: int) -> None:
         check_shape(f"{name} {i}", vector, (K,))
     check_number(f"momentum {i}", unit.momentum)
     check_number(f"eps {i}", unit.eps)
-
-
-def _choose(
-    implementation: str,
-    pictures: Tensor,
-    units: Sequence[Unit],
-    dtype: torch.dtype,
-    training: bool,
-    wants_grad: bool,
-) -> str:
-    """The implementation that runs; raises what hinders one that was asked for by name."""
-    if implementation == "auto" and pictures.device.type == "cuda":
-        for name in choice.OPERATIONS["trunk"]:
-            if choice.why_not(name, pictures.device, "trunk") is None and (
-                _broken_rule(name, pictures, units, dtype, training, wants_grad) is None
-            ):
-                return name
-    chosen = choice.choose(implementation, pictures.device, "trunk")
-    broken = _broken_rule(chosen, pictures, units, dtype, training, wants_grad)
-    if broken is not None:
-        raise broken
-    return chosen
 
 
 def _broken_rule(
