@@ -130,7 +130,9 @@ def trunk_lines(rows: list[Row]) -> list[str]:
             if (row["dtype"], row["batch"]) != (dtype, batch) or "us" not in row:
                 continue
             names = [row[name] for name in head[:3]]
-            floor = [f"{row['floor_us']:.1f}", f"{row['floor_us'] / row['us']:.0%}"]
+            floor = ["", ""]  # of a row whose card's limits were not measured
+            if "floor_us" in row:
+                floor = [f"{row['floor_us']:.1f}", f"{row['floor_us'] / row['us']:.0%}"]
             body.append([*names, spread(row, 1, 1), *floor])
             if like_prototype:
                 us = prediction.PROTOTYPE_US.get((row["kernel"], row["place"]))

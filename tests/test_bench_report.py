@@ -140,6 +140,16 @@ def test_the_trunks_kernels(tmp_path):
     assert "| weights | ResNet-56 | cuda | 5.0 (4.8 - 5.5) | 2.5 | 50% |\n" in text
 
 
+def test_kept_rows_of_the_trunk_make_a_report(tmp_path):
+    """Those in bench/results have no floors where the card's limits were measured wrong."""
+    (path,) = report.RESULTS.glob("2026-11-26-h200/trunk.jsonl")
+    assert report.main([str(path), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "## NVIDIA H200, 2026-11-26" in text
+    assert "| F2 | 32x32x16 | cuda | 21.4 (21.3 - 21.5) |  |  |\n" in text
+    assert text.count("| cuda |") == 48
+
+
 def test_prediction_is_called_one(rendered):
     measured, predicted = (rendered / "report.md").read_text().split("## RTX 3080")
     assert predicted.startswith(": a prediction, not a measurement")
