@@ -57,31 +57,31 @@ def run_forward(kernels, y, norm, shortcut, weight, stride, blocks, finishes, su
         "x": poisoned_image(N, C, y.dtype) if finishes else None,
         "out": poisoned_image(N, K, y.dtype),
         "sums": poisoned(blocks, 2, K),
-        "saved": poisoned(4, C),
+        "norm": poisoned(4, C),
         "running_mean": norm["running_mean"].clone(),
         "running_var": norm["running_var"].clone(),
     }
     params = kernels.params(
         "ForwardParams",
         y=flat(y),
-        norm={
+        bn={
             "sums": sums,
             "rows": sums.shape[0],
             "weight": norm["weight"],
             "bias": norm["bias"],
             "running_mean": made["running_mean"],
             "running_var": made["running_var"],
-            "saved": made["saved"],
+            "norm": made["norm"],
             "momentum": MOMENTUM,
             "eps": EPS,
         },
         shortcut=None if shortcut is None else flat(shortcut),
         shortcut_kind=emulation.SHORTCUTS.index(kind),
         x=flat(made["x"]) if finishes else None,
-        weight=fragments(kernels, weight, y.dtype)["forward"],
+        fragments=fragments(kernels, weight, y.dtype)["forward"],
         out=flat(made["out"]),
         out_sums=made["sums"],
-        images=N,
+        batch=N,
     )
     assert kernels.call("conv3x3_forward", params, y.dtype, C, stride, blocks) == 0
     made["partial"] = made["sums"]
@@ -223,19 +223,19 @@ def test_backward(kernels, C, stride, b1, N, blocks, order, dtype):
         "BackwardParams",
         dz=flat(dz),
         y=flat(y),
-        norm={
+        bn={
             "sums": sums,
             "rows": 7,
             "weight": norm["weight"],
-            "saved": saved,
+            "norm": saved,
             "dweight": made["dbn_weight"],
             "dbias": made["dbn_bias"],
         },
         input=flat(a if b1 else raw),
         residual=None if residual is None else flat(residual),
         y_before=flat(raw) if b1 else None,
-        saved_before=saved_before,
-        weight=fragment,
+        norm_before=saved_before,
+        fragments=fragment,
         out=flat(made["out"]),
         out_sums=made["partial"],
         slabs=made["slabs"],
@@ -247,7 +247,7 @@ def test_backward(kernels, C, stride, b1, N, blocks, order, dtype):
             "C_kept": 32,
             "dweight": made["before"],
         },
-        images=N,
+        batch=N,
     )
     assert kernels.call("conv3x3_backward", params, dtype, C, stride, blocks) == 0
     made["sums"] = made["partial"].double().sum(0).float()
@@ -307,8 +307,8 @@ def test_sums_feed_the_next_kernel(kernels, C, dtype):
 @pytest.mark.parametrize(
     ("change", "status"),
     [
-        ({"images": 0}, -1),
-        ({"images": 65536}, -1),
+        ({"batch": 0}, -1),
+        ({"batch": 65536}, -1),
         ({"C": 48}, -2),
         ({"C": 64, "stride": 2}, -2),
         ({"blocks": 0}, -3),
@@ -323,9 +323,9 @@ def test_forward_refuses(kernels, change, status):
     sizes = {"C": 16, "stride": 1, "blocks": 1}
     sizes |= {name: value for name, value in change.items() if name in sizes}
     one = torch.zeros(4)
-    norm = dict.fromkeys(("sums", "weight", "bias", "running_mean", "running_var", "saved"), one)
-    fields = {"shortcut_kind": 1, "images": 1, "norm": norm}
-    fields |= dict.fromkeys(("y", "shortcut", "x", "weight", "out", "out_sums"), one)
+    norm = dict.fromkeys(("sums", "weight", "bias", "running_mean", "running_var", "norm"), one)
+    fields = {"shortcut_kind": 1, "batch": 1, "bn": norm}
+    fields |= dict.fromkeys(("y", "shortcut", "x", "fragments", "out", "out_sums"), one)
     fields |= {name: value for name, value in change.items() if name not in sizes}
     params = kernels.params("ForwardParams", **fields)
     assert kernels.call("conv3x3_forward", params, torch.float16, *sizes.values()) == status

@@ -38,7 +38,7 @@ def folded(kernels, weight, norm, dtype):
         **made,
     )
     assert kernels.call("prepare_weights", layer, dtype) == 0
-    return {"weight": made["forward"], "bias": made["bias"]}
+    return {"fragments": made["forward"], "bias": made["bias"]}
 
 
 def plain(x, weight, norm, shortcut, stride, dtype):
@@ -87,7 +87,7 @@ def test_evaluate(kernels, C, stride, kind, N, blocks, order, dtype):
         shortcut=None if shortcut is None else flat(shortcut),
         shortcut_kind=emulation.SHORTCUTS.index(kind),
         out=flat(out),
-        images=N,
+        batch=N,
     )
     assert kernels.call("conv3x3_evaluate", params, dtype, C, stride, blocks) == 0
     exact = plain(x, weight, norm, matching, stride, torch.float64)
@@ -106,7 +106,7 @@ def test_evaluate_stem(kernels, dtype):
     norm = norm_params(16, generator)
     out = poisoned_image(N, 16, dtype)
     fold = folded(kernels, weight, norm, dtype)
-    params = kernels.params("StemForwardParams", pictures=flat(x), y=flat(out), images=N, **fold)
+    params = kernels.params("StemForwardParams", images=flat(x), y=flat(out), batch=N, **fold)
     assert kernels.call("stem_forward", params, dtype, 1) == 0
     exact = plain(x[:, :3], weight, norm, None, 1, torch.float64)
     eager = plain(x[:, :3], weight, norm, None, 1, dtype)

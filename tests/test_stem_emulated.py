@@ -44,11 +44,11 @@ def test_stem_forward(kernels, N, blocks, order, dtype):
     kernels.set_order(order)
     params = kernels.params(
         "StemForwardParams",
-        pictures=flat(x),
-        weight=fragments(kernels, weight, dtype)["forward"],
+        images=flat(x),
+        fragments=fragments(kernels, weight, dtype)["forward"],
         y=flat(y),
         y_sums=sums,
-        images=N,
+        batch=N,
     )
     assert kernels.call("stem_forward", params, dtype, blocks) == 0
 
@@ -77,17 +77,17 @@ def test_stem_backward(kernels, N, blocks, order, dtype):
         "StemBackwardParams",
         dz=flat(dz),
         y=flat(y),
-        norm={
+        bn={
             "sums": partial_sums(dz, y.double() - saved[0].double()[:, None, None], 5),
             "rows": 5,
             "weight": norm["weight"],
-            "saved": saved,
+            "norm": saved,
             "dweight": dbn_weight,
             "dbias": dbn_bias,
         },
-        pictures=flat(x),
+        images=flat(x),
         slabs=slabs,
-        images=N,
+        batch=N,
     )
     assert kernels.call("stem_backward", params, dtype, blocks) == 0
     rest = kernels.params(

@@ -13,21 +13,21 @@
 namespace cifar_resnet_fast {
 namespace {
 
-// A thread takes as many images as make about this many units worth its while.
+// A thread takes as many images as make about this many chunks worth its while.
 int64_t images_a_thread(const ShortcutA& shape) {
-  return std::max<int64_t>(1, 32768 / (shape.x_units() + shape.out_units()));
+  return std::max<int64_t>(1, 32768 / (shape.x_chunks() + shape.out_chunks()));
 }
 
 template <size_t BYTES>
 void gather(const ShortcutA& shape, bool backward, const char* from, char* to) {
-  const int64_t from_units = backward ? shape.out_units() : shape.x_units();
-  const uint32_t to_units = backward ? shape.x_units() : shape.out_units();
+  const int64_t from_chunks = backward ? shape.out_chunks() : shape.x_chunks();
+  const uint32_t to_chunks = backward ? shape.x_chunks() : shape.out_chunks();
   torch::stable::parallel_for(0, shape.N, images_a_thread(shape), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const char* from_image = from + n * from_units * int64_t{BYTES};
-      char* to_image = to + n * to_units * int64_t{BYTES};
-      for (uint32_t u = 0; u < to_units; ++u) {
-        const uint32_t source = backward ? unit_in_out(shape, u) : unit_in_x(shape, u);
+      const char* from_image = from + n * from_chunks * int64_t{BYTES};
+      char* to_image = to + n * to_chunks * int64_t{BYTES};
+      for (uint32_t u = 0; u < to_chunks; ++u) {
+        const uint32_t source = backward ? chunk_in_out(shape, u) : chunk_in_x(shape, u);
         if (source == NOWHERE) {
           std::memset(to_image + u * BYTES, 0, BYTES);
         } else {
@@ -41,21 +41,21 @@ void gather(const ShortcutA& shape, bool backward, const char* from, char* to) {
 template <typename T>
 using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// The loops below run over elements, each found through the unit that holds it.
+// The loops below run over elements, each found through the chunk that holds it.
 template <typename T>
-void border_forward(const StageBorderForward& p, size_t unit_bytes) {
+void border_forward(const StageBorderForward& p, size_t chunk_bytes) {
   using Real = RealOf<T>;
   const ShortcutA& shape = p.shape;
-  const uint32_t V = static_cast<uint32_t>(unit_bytes / sizeof(T));
+  const uint32_t V = static_cast<uint32_t>(chunk_bytes / sizeof(T));
   const auto *scale = static_cast<const Real*>(p.scale),
              *shift = static_cast<const Real*>(p.shift);
   torch::stable::parallel_for(0, shape.N, images_a_thread(shape), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const T* x = static_cast<const T*>(p.x) + n * shape.x_units() * V;
-      const T* y = static_cast<const T*>(p.y) + n * shape.out_units() * V;
-      T* out = static_cast<T*>(p.out) + n * shape.out_units() * V;
-      for (uint32_t u = 0; u < shape.out_units(); ++u) {
-        const uint32_t source = unit_in_x(shape, u);
+      const T* x = static_cast<const T*>(p.x) + n * shape.x_chunks() * V;
+      const T* y = static_cast<const T*>(p.y) + n * shape.out_chunks() * V;
+      T* out = static_cast<T*>(p.out) + n * shape.out_chunks() * V;
+      for (uint32_t u = 0; u < shape.out_chunks(); ++u) {
+        const uint32_t source = chunk_in_x(shape, u);
         for (uint32_t i = 0; i < V; ++i) {
           const uint32_t k = u % shape.out_channels * V + i;
           const Real shortcut = source == NOWHERE ? Real(0) : Real(x[source * V + i]);
@@ -67,30 +67,30 @@ void border_forward(const StageBorderForward& p, size_t unit_bytes) {
 }
 
 template <typename T>
-void border_backward(const StageBorderBackward& p, size_t unit_bytes) {
+void border_backward(const StageBorderBackward& p, size_t chunk_bytes) {
   using Real = RealOf<T>;
   const ShortcutA& shape = p.shape;
-  const uint32_t V = static_cast<uint32_t>(unit_bytes / sizeof(T));
+  const uint32_t V = static_cast<uint32_t>(chunk_bytes / sizeof(T));
   const uint32_t K = shape.out_channels * V;
   const auto* scale = static_cast<const Real*>(p.scale);
   std::vector<double> image_sums(shape.N * 2 * K);  // of dz * y, then of dz, a row an image
   torch::stable::parallel_for(0, shape.N, images_a_thread(shape), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t first = n * shape.out_units() * V;
+      const int64_t first = n * shape.out_chunks() * V;
       const T* dout = static_cast<const T*>(p.dout) + first;
       const T* out = static_cast<const T*>(p.out) + first;
       const T* y = static_cast<const T*>(p.y) + first;
       T* dy = static_cast<T*>(p.dy) + first;
-      T* dx = static_cast<T*>(p.dx) + n * shape.x_units() * V;
+      T* dx = static_cast<T*>(p.dx) + n * shape.x_chunks() * V;
       double *dscale = &image_sums[n * 2 * K], *dshift = dscale + K;
-      for (uint32_t e = 0; e < shape.out_units() * V; ++e) {
+      for (uint32_t e = 0; e < shape.out_chunks() * V; ++e) {
         const Real dz = stage_border_dz(Real(dout[e]), Real(out[e]));
         dy[e] = T(scale[e % K] * dz);
         dscale[e % K] += double(dz) * double(Real(y[e]));
         dshift[e % K] += double(dz);
       }
-      for (uint32_t u = 0; u < shape.x_units(); ++u) {
-        const uint32_t source = unit_in_out(shape, u);
+      for (uint32_t u = 0; u < shape.x_chunks(); ++u) {
+        const uint32_t source = chunk_in_out(shape, u);
         for (uint32_t i = 0; i < V; ++i) {
           const uint32_t s = source * V + i;
           dx[u * V + i] =
@@ -125,11 +125,11 @@ void with_type(ElementType type, F f) {
 }
 
 struct Cpu {
-  static void shortcut_a(const ShortcutA& shape, bool backward, size_t unit_bytes,
+  static void shortcut_a(const ShortcutA& shape, bool backward, size_t chunk_bytes,
                          const Tensor& from, const Tensor& to) {
     const auto* source = static_cast<const char*>(from.const_data_ptr());
     auto* target = static_cast<char*>(to.mutable_data_ptr());
-    switch (unit_bytes) {
+    switch (chunk_bytes) {
       case 2:
         return gather<2>(shape, backward, source, target);
       case 4:
@@ -142,13 +142,13 @@ struct Cpu {
   }
 
   static void stage_border_forward(const StageBorderForward& p, ElementType type,
-                                   size_t unit_bytes, const Tensor&) {
-    with_type(type, [&](auto zero) { border_forward<decltype(zero)>(p, unit_bytes); });
+                                   size_t chunk_bytes, const Tensor&) {
+    with_type(type, [&](auto zero) { border_forward<decltype(zero)>(p, chunk_bytes); });
   }
 
   static void stage_border_backward(const StageBorderBackward& p, ElementType type,
-                                    size_t unit_bytes, const Tensor&) {
-    with_type(type, [&](auto zero) { border_backward<decltype(zero)>(p, unit_bytes); });
+                                    size_t chunk_bytes, const Tensor&) {
+    with_type(type, [&](auto zero) { border_backward<decltype(zero)>(p, chunk_bytes); });
   }
 };
 

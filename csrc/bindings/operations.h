@@ -21,8 +21,8 @@ inline Tensor empty_channels_last(const std::vector<int64_t>& nchw, const Tensor
 }
 
 // 16 where all channel counts and addresses are whole numbers of 16 bytes, else one element.
-inline size_t bytes_per_unit(size_t element_size, int64_t C, int64_t K,
-                             std::initializer_list<const Tensor*> tensors) {
+inline size_t chunk_size(size_t element_size, int64_t C, int64_t K,
+                         std::initializer_list<const Tensor*> tensors) {
   uintptr_t bits = static_cast<uintptr_t>(C * element_size) |
                    static_cast<uintptr_t>((K - C) / 2 * element_size);
   for (const Tensor* tensor : tensors) {
@@ -52,8 +52,8 @@ struct Sizes {
 
   std::vector<int64_t> x_shape() const { return {N, C, H, W}; }
   std::vector<int64_t> out_shape() const { return {N, K, Ho, Wo}; }
-  ShortcutA in_units(size_t elements_per_unit) const {
-    return make_shortcut_a(N, H, W, C, K, stride, static_cast<int64_t>(elements_per_unit));
+  ShortcutA in_chunks(size_t elements_per_chunk) const {
+    return make_shortcut_a(N, H, W, C, K, stride, static_cast<int64_t>(elements_per_chunk));
   }
 };
 
@@ -118,8 +118,8 @@ Tensor shortcut_a(const Tensor& x, int64_t out_channels, int64_t stride) {
   check_channels_last("x", x);
   const Sizes sizes(x.size(0), x.size(1), x.size(2), x.size(3), out_channels, stride);
   const Tensor out = empty_channels_last(sizes.out_shape(), x);
-  const size_t unit = bytes_per_unit(x.element_size(), sizes.C, sizes.K, {&x, &out});
-  Backend::shortcut_a(sizes.in_units(unit / x.element_size()), false, unit, x, out);
+  const size_t chunk = chunk_size(x.element_size(), sizes.C, sizes.K, {&x, &out});
+  Backend::shortcut_a(sizes.in_chunks(chunk / x.element_size()), false, chunk, x, out);
   return out;
 }
 
@@ -128,8 +128,8 @@ Tensor shortcut_a_backward(const Tensor& dout, int64_t channels, int64_t height,
                            int64_t stride) {
   const Sizes sizes = check_gradient(dout, channels, height, width, stride);
   const Tensor dx = empty_channels_last(sizes.x_shape(), dout);
-  const size_t unit = bytes_per_unit(dout.element_size(), sizes.C, sizes.K, {&dout, &dx});
-  Backend::shortcut_a(sizes.in_units(unit / dout.element_size()), true, unit, dout, dx);
+  const size_t chunk = chunk_size(dout.element_size(), sizes.C, sizes.K, {&dout, &dx});
+  Backend::shortcut_a(sizes.in_chunks(chunk / dout.element_size()), true, chunk, dout, dx);
   return dx;
 }
 
@@ -146,15 +146,15 @@ Tensor stage_border(const Tensor& y, const Tensor& scale, const Tensor& shift, c
   check_affine("scale", scale, x, sizes.K);
   check_affine("shift", shift, x, sizes.K);
   const Tensor out = empty_channels_last(sizes.out_shape(), y);
-  const size_t unit =
-      bytes_per_unit(x.element_size(), sizes.C, sizes.K, {&y, &scale, &shift, &x, &out});
-  const StageBorderForward p{sizes.in_units(unit / x.element_size()),
+  const size_t chunk =
+      chunk_size(x.element_size(), sizes.C, sizes.K, {&y, &scale, &shift, &x, &out});
+  const StageBorderForward p{sizes.in_chunks(chunk / x.element_size()),
                              y.const_data_ptr(),
                              scale.const_data_ptr(),
                              shift.const_data_ptr(),
                              x.const_data_ptr(),
                              out.mutable_data_ptr()};
-  Backend::stage_border_forward(p, element_type_of(x), unit, x);
+  Backend::stage_border_forward(p, element_type_of(x), chunk, x);
   return out;
 }
 
@@ -171,9 +171,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage_border_backward(
   const Tensor dscale = torch::stable::new_empty(scale, {sizes.K});
   const Tensor dshift = torch::stable::new_empty(scale, {sizes.K});
   const Tensor dx = empty_channels_last(sizes.x_shape(), dout);
-  const size_t unit =
-      bytes_per_unit(dout.element_size(), sizes.C, sizes.K, {&dout, &out, &y, &scale, &dy, &dx});
-  StageBorderBackward p{sizes.in_units(unit / dout.element_size()),
+  const size_t chunk =
+      chunk_size(dout.element_size(), sizes.C, sizes.K, {&dout, &out, &y, &scale, &dy, &dx});
+  StageBorderBackward p{sizes.in_chunks(chunk / dout.element_size()),
                         dout.const_data_ptr(),
                         out.const_data_ptr(),
                         y.const_data_ptr(),
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage_border_backward(
                         dshift.mutable_data_ptr(),
                         dx.mutable_data_ptr(),
                         nullptr};
-  Backend::stage_border_backward(p, element_type_of(dout), unit, scale);
+  Backend::stage_border_backward(p, element_type_of(dout), chunk, scale);
   return {dy, dscale, dshift, dx};
 }
 

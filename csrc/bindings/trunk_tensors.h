@@ -75,11 +75,11 @@ inline void check_fragments(const Tensor& fragments, int64_t elements, const Ten
   check_aligned("fragments", fragments, 16);
 }
 
-inline void check_pictures(const Tensor& pictures) {
-  check_tensor("pictures", pictures, {"N", "C", "H", "W"});
-  check_shape("pictures", pictures, {pictures.size(0), 4, 32, 32});
-  check_channels_last("pictures", pictures);
-  check_aligned("pictures", pictures, 8);
+inline void check_images(const Tensor& images) {
+  check_tensor("images", images, {"N", "C", "H", "W"});
+  check_shape("images", images, {images.size(0), 4, 32, 32});
+  check_channels_last("images", images);
+  check_aligned("images", images, 8);
 }
 
 inline int check_blocks(int64_t blocks) {
@@ -87,7 +87,7 @@ inline int check_blocks(int64_t blocks) {
   return static_cast<int>(blocks);
 }
 
-inline int images_of(const Tensor& tensor) {
+inline int batch_of(const Tensor& tensor) {
   check(tensor.size(0) <= 65535, "images must be 1 .. 65535, got ", tensor.size(0));
   return static_cast<int>(tensor.size(0));
 }

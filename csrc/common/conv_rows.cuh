@@ -191,15 +191,15 @@ struct RowConvolution {
     }
   }
 
-  // Streams `units` times HEIGHT rows. `fetch()` is called before each real row and gives its
-  // place in the ring, after the barrier where it begins a step; `finish(tiles, done)` after each
-  // row, real or virtual, with the row above, which is complete where `done`.
+  // Streams `image_groups` times HEIGHT rows. `fetch()` is called before each real row and gives
+  // its place in the ring, after the barrier where it begins a step; `finish(tiles, done)` after
+  // each row, real or virtual, with the row above, which is complete where `done`.
   template <int HEIGHT, class Fetch, class Finish>
-  DEVICE void stream(int units, const FragmentAddresses<CHANNELS>& fragments,
+  DEVICE void stream(int image_groups, const FragmentAddresses<CHANNELS>& fragments,
                      const WeightFragments<kSteps>& weights, Fetch fetch, Finish finish) {
 #pragma unroll
     for (int i = 0; i < 3 * TILES; ++i) rows[i / TILES][i % TILES].clear();
-    const int count = units * (HEIGHT + 1);
+    const int count = image_groups * (HEIGHT + 1);
     int y = 0;
     for (int first = 0; first < count; first += 3) {
 #pragma unroll

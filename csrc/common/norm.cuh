@@ -84,48 +84,47 @@ DEVICE SumPair merge_sums(const float* sums, int rows, uint32_t scratch) {
 // Puts scale [C] and shift [C] at `coefficients`; the caller's next block barrier shows them to
 // all. What is needed besides the sums is loaded first, so that both are on their way at once.
 template <int C, int THREADS>
-DEVICE void forward_coefficients(const ForwardNorm& norm, double count, uint32_t coefficients,
+DEVICE void forward_coefficients(const BatchNormForward& bn, double count, uint32_t coefficients,
                                  uint32_t scratch) {
   const int c = thread_index();
   float weight = 0, bias = 0, old_mean = 0, old_var = 0;
   if (c < C) {
-    weight = load_float(norm.weight + c), bias = load_float(norm.bias + c);
+    weight = load_float(bn.weight + c), bias = load_float(bn.bias + c);
     if (block_index() == 0) {
-      old_mean = load_float(norm.running_mean + c), old_var = load_float(norm.running_var + c);
+      old_mean = load_float(bn.running_mean + c), old_var = load_float(bn.running_var + c);
     }
   }
-  const SumPair sum = merge_sums<C, THREADS>(norm.sums, norm.rows, scratch);
+  const SumPair sum = merge_sums<C, THREADS>(bn.sums, bn.rows, scratch);
   if (c >= C) return;
   const double each = reciprocal(count), mean = sum.first * each;
   const double difference = sum.second * each - mean * mean;
   const float variance = difference < 0 ? 0 : static_cast<float>(difference);  // keeps a NaN
-  const float invstd = 1 / sqrtf(variance + norm.eps);
+  const float invstd = 1 / sqrtf(variance + bn.eps);
   const float scale = weight * invstd;
   const float shift = fused_multiply_add(-static_cast<float>(mean), scale, bias);
   store_shared(coefficients + c * 4, scale);
   store_shared(coefficients + (C + c) * 4, shift);
   if (block_index() != 0) return;
-  store_float(norm.saved + c, static_cast<float>(mean));
-  store_float(norm.saved + C + c, invstd);
-  store_float(norm.saved + 2 * C + c, scale);
-  store_float(norm.saved + 3 * C + c, shift);
+  store_float(bn.norm + c, static_cast<float>(mean));
+  store_float(bn.norm + C + c, invstd);
+  store_float(bn.norm + 2 * C + c, scale);
+  store_float(bn.norm + 3 * C + c, shift);
   const float unbiased = fused_multiply_add(variance, 1 / static_cast<float>(count - 1), variance);
-  store_float(norm.running_mean + c,
-              old_mean + norm.momentum * (static_cast<float>(mean) - old_mean));
-  store_float(norm.running_var + c, old_var + norm.momentum * (unbiased - old_var));
+  store_float(bn.running_mean + c, old_mean + bn.momentum * (static_cast<float>(mean) - old_mean));
+  store_float(bn.running_var + c, old_var + bn.momentum * (unbiased - old_var));
 }
 
 // Puts A [C], B [C], C [C] of dy = A * dz + B * y + C at `coefficients`, likewise.
 template <int C, int THREADS>
-DEVICE void backward_coefficients(const BackwardNorm& norm, double count, uint32_t coefficients,
+DEVICE void backward_coefficients(const BatchNormBackward& bn, double count, uint32_t coefficients,
                                   uint32_t scratch) {
   const int c = thread_index();
   float mean = 0, invstd = 0, weight = 0;
   if (c < C) {
-    mean = load_float(norm.saved + c), invstd = load_float(norm.saved + C + c);
-    weight = load_float(norm.weight + c);
+    mean = load_float(bn.norm + c), invstd = load_float(bn.norm + C + c);
+    weight = load_float(bn.weight + c);
   }
-  const SumPair sum = merge_sums<C, THREADS>(norm.sums, norm.rows, scratch);
+  const SumPair sum = merge_sums<C, THREADS>(bn.sums, bn.rows, scratch);
   if (c >= C) return;
   const double sum_dz_yhat = sum.second * invstd;
   const double each = reciprocal(count), m1 = sum.first * each, m2 = sum_dz_yhat * each;
@@ -135,8 +134,8 @@ DEVICE void backward_coefficients(const BackwardNorm& norm, double count, uint32
   store_shared(coefficients + (C + c) * 4, static_cast<float>(b));
   store_shared(coefficients + (2 * C + c) * 4, static_cast<float>(-a * m1 - b * mean));
   if (block_index() != 0) return;
-  store_float(norm.dweight + c, static_cast<float>(sum_dz_yhat));
-  store_float(norm.dbias + c, static_cast<float>(sum.first));
+  store_float(bn.dweight + c, static_cast<float>(sum_dz_yhat));
+  store_float(bn.dbias + c, static_cast<float>(sum.first));
 }
 
 }  // namespace cifar_resnet_fast

@@ -41,27 +41,27 @@ inline const char* bad_argument_text(int status) {
   }
 }
 
-// Batch normalisation of y from sums of y and y * y. Block 0 writes `saved` and the running
+// Batch normalisation of y from sums of y and y * y. Block 0 writes `norm` and the running
 // values.
-struct ForwardNorm {
+struct BatchNormForward {
   const float* sums;    // [rows, 2, C]
   int rows;             // blocks of the kernel that wrote them
   const float* weight;  // [C]
   const float* bias;    // [C]
   float* running_mean;  // [C], updated in place
   float* running_var;   // [C], updated in place with the unbiased variance
-  float* saved;         // [4, C] mean, invstd, scale, shift; for the backward pass
+  float* norm;          // [4, C] mean, invstd, scale, shift; for the backward pass
   float momentum;       // weight of this batch in the running values
   float eps;
 };
 
 // Gradient of that batch normalisation from sums of dz and dz * (y - mean). Block 0 writes
 // dweight and dbias.
-struct BackwardNorm {
+struct BatchNormBackward {
   const float* sums;    // [rows, 2, C]
   int rows;             // blocks of the kernel that wrote them
   const float* weight;  // [C]
-  const float* saved;   // [4, C] as written in the forward pass
+  const float* norm;    // [4, C] as written in the forward pass
   float* dweight;       // [C]
   float* dbias;         // [C]
 };

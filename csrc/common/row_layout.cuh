@@ -73,23 +73,23 @@ DEVICE int tile_pixel(int tile, int half, int lane) {
   return CHANNELS == 32 ? g + 8 * half : g;
 }
 
-// Where the units of a block's groups of warps begin and end: a unit is so many whole images, and
-// each group has a consecutive share of them.
+// Where the share of one of several groups of warps begins and ends: of `count` parts of the
+// batch, such as image groups, each has consecutive ones.
 struct Share {
   int first, end;
-  DEVICE Share(int units, int group, int groups)
-      : first(static_cast<int>(static_cast<long long>(units) * group / groups)),
-        end(static_cast<int>(static_cast<long long>(units) * (group + 1) / groups)) {}
+  DEVICE Share(int count, int group, int groups)
+      : first(static_cast<int>(static_cast<long long>(count) * group / groups)),
+        end(static_cast<int>(static_cast<long long>(count) * (group + 1) / groups)) {}
   DEVICE int count() const { return end - first; }
-  // the unit that comes first in an order: STEP 1 from `first` on, STEP -1 from the last one down
+  // the part that comes first in an order: STEP 1 from `first` on, STEP -1 from the last one down
   template <int STEP>
   DEVICE int start() const {
     return STEP > 0 ? first : end - 1;
   }
 };
 
-// The order of units in a kernel. Every second kernel of a pass takes them from the last to the
-// first: what the kernel before wrote or read last is still in the L2 cache then.
+// The order of image groups in a kernel. Every second kernel of a pass takes them from the last to
+// the first: what the kernel before wrote or read last is still in the L2 cache then.
 constexpr int kAscending = 1, kDescending = -1;
 
 DEVICE void load_8_floats(uint32_t address, float (&v)[8]) {

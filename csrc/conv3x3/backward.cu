@@ -12,21 +12,21 @@ namespace {
 template <class G>
 __global__ void __launch_bounds__(G::kThreads, 1) conv3x3_backward_kernel(BackwardParams p) {
   const Place place = G::place(thread_index() >> 5);
-  const int row = block_index() / G::kSplit, rows = G::rows(block_count(), p.images);
+  const int row = block_index() / G::kSplit, rows = G::rows(block_count(), p.batch);
   const bool has_row = row < rows;
-  const Share units(has_row ? G::units(p.images) : 0, row * G::kGroups + place.group,
-                    rows * G::kGroups);
-  const BackwardBlock block = {units, block_index() % G::kSplit, row, place.group,
+  const Share image_groups(has_row ? G::image_groups(p.batch) : 0, row * G::kGroups + place.group,
+                           rows * G::kGroups);
+  const BackwardBlock block = {image_groups, block_index() % G::kSplit, row, place.group,
                                shared_start() + G::kGroupsAt + place.group * G::kGroupBytes};
-  if (place.role == Role::kProducer) {
+  if (place.role == WarpRole::kProducer) {
     wait_for_kernel_before();
     produce_backward<G>(p, block, place.index);
-  } else if (place.role == Role::kWeightGradient) {
-    weight_gradient<G>(p, block, place.index);
+  } else if (place.role == WarpRole::kWgrad) {
+    wgrad<G>(p, block, place.index);
   } else if constexpr (G::STRIDE == 1) {
-    input_gradient<G>(p, block, place.index);
+    dgrad<G>(p, block, place.index);
   } else {
-    input_gradient_stride_2<G>(p, block, place.index);
+    dgrad_stride_2<G>(p, block, place.index);
   }
   if (!has_row) return;
   // the block's part of its row of sums, over the warps that summed in order
@@ -56,26 +56,26 @@ int launch_backward(const BackwardParams& p, int blocks, bool overlap, void* str
 
 }  // namespace
 
-int conv3x3_backward_rows(int channels, int stride, int blocks, int images) {
+int conv3x3_backward_rows(int channels, int stride, int blocks, int batch) {
   return with_shape(channels, stride, [&](auto shape) {
-    // B1 and B2 have the same units and splits
-    using B1 = BackwardGeometry<BFloat16, shape.kChannels, shape.kStride, true>;
-    using B2 = BackwardGeometry<BFloat16, shape.kChannels, shape.kStride, false>;
-    static_assert(B1::kImages == B2::kImages && B1::kSplit == B2::kSplit);
-    return B1::rows(blocks, images);
+    // backward_first and backward_second have the same image groups and splits
+    using First = BackwardGeometry<BFloat16, shape.kChannels, shape.kStride, true>;
+    using Second = BackwardGeometry<BFloat16, shape.kChannels, shape.kStride, false>;
+    static_assert(First::kImages == Second::kImages && First::kSplit == Second::kSplit);
+    return First::rows(blocks, batch);
   });
 }
 
 int conv3x3_backward(const BackwardParams& p, Dtype dtype, int channels, int stride, int blocks,
                      bool overlap, void* stream) {
-  if (p.images < 1 || p.images > 65535) return kBadImages;
+  if (p.batch < 1 || p.batch > 65535) return kBadImages;
   if (blocks < 1) return kBadBlocks;
-  const BackwardNorm& n = p.norm;
+  const BatchNormBackward& n = p.bn;
   const bool b1 = p.residual != nullptr;
-  if (p.dz == nullptr || p.y == nullptr || p.input == nullptr || p.weight == nullptr ||
+  if (p.dz == nullptr || p.y == nullptr || p.input == nullptr || p.fragments == nullptr ||
       p.out == nullptr || p.out_sums == nullptr || p.slabs == nullptr || n.sums == nullptr ||
-      n.weight == nullptr || n.saved == nullptr || n.dweight == nullptr || n.dbias == nullptr ||
-      p.saved_before == nullptr || (b1 && p.y_before == nullptr) ||
+      n.weight == nullptr || n.norm == nullptr || n.dweight == nullptr || n.dbias == nullptr ||
+      p.norm_before == nullptr || (b1 && p.y_before == nullptr) ||
       (p.before.slabs != nullptr && p.before.dweight == nullptr)) {
     return kBadPointer;
   }
@@ -89,7 +89,7 @@ int conv3x3_backward(const BackwardParams& p, Dtype dtype, int channels, int str
       if constexpr (S::kStride == 1) {
         return launch_backward<T, S::kChannels, S::kStride, false>(p, blocks, overlap, stream);
       } else {
-        return kBadPointer;  // the first convolution of a block, so always B1
+        return kBadPointer;  // the first convolution of a block, so it has a residual
       }
     });
   });

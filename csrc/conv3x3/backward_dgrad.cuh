@@ -1,4 +1,4 @@
-// Input-gradient warps of the backward kernels. The roles and the barrier are described in
+// Dgrad warps of the backward kernels. The roles and the barrier are described in
 // backward_geometry.cuh; at stride 1 the rows rotate as in conv_rows.cuh, with mirrored taps.
 #pragma once
 
@@ -26,15 +26,15 @@ struct StagedRows {
   DEVICE void next_row() { row = row + 1 == 4 * G::kARows ? 0 : row + 1; }
 };
 
-// The direct form: 16 channels, one image a unit, one warp a group. The other tensors of the
-// lane's four half tiles come row by row through its own part of the side ring.
+// The direct form: 16 channels, one image an image group, one warp a group. The other tensors of
+// the lane's four half tiles come row by row through its own part of the side ring.
 template <class G>
 struct DirectRows {
   using T = typename G::T;
   static constexpr int kHalves = 4;
   static constexpr int kRing = G::kConfig.side_rows;
   // from behind an image to the next one
-  static constexpr int kToNextImage = (G::kUnitStep - 1) * Stage<G::C>::kImageBytes;
+  static constexpr int kToNextImage = (G::kImageGroupStep - 1) * Stage<G::C>::kImageBytes;
 
   const BackwardParams& p;
   const BackwardBlock& block;
@@ -50,10 +50,11 @@ struct DirectRows {
       : p(params),
         block(where),
         side(where.start + G::kSideAt + index * G::kSideBytes + (thread_index() & 31) * 8),
-        load_at(kept(where.units.template start<G::kUnitStep>() * Stage<G::C>::kImageBytes +
+        load_at(kept(where.image_groups.template start<G::kImageGroupStep>() *
+                         Stage<G::C>::kImageBytes +
                      tile_pixel<16>(0, 0, thread_index() & 31) * 32 + (thread_index() & 3) * 8)),
         out_at(load_at),
-        loads_left(where.units.count() * G::kSize) {
+        loads_left(where.image_groups.count() * G::kSize) {
     const int lane = thread_index() & 31, t = lane & 3;
 #pragma unroll
     for (int i = 0; i < kHalves; ++i) {
@@ -62,7 +63,7 @@ struct DirectRows {
     }
     for (int i = 0; i < kRing; ++i) load_row(i);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) mean[k] = load_float(p.saved_before + t * 4 + k);
+    for (int k = 0; k < 4; ++k) mean[k] = load_float(p.norm_before + t * 4 + k);
   }
   // of half tile i from the first, in bytes
   DEVICE static int distance(int i) { return tile_pixel<16>(i / 2, i % 2, 0) * 32; }
@@ -125,7 +126,7 @@ struct DirectRows {
 
 // Behind the last row: the block's barriers, and the direct form's sums.
 template <class G>
-DEVICE void end_input_gradient(ChannelSums* sums, const BackwardBlock& block, int index) {
+DEVICE void end_dgrad(ChannelSums* sums, const BackwardBlock& block, int index) {
   if (G::kStaged) {
     group_barrier<G::kGroupWarps>(block.group + 1);  // the last rows are staged
   } else {
@@ -134,19 +135,19 @@ DEVICE void end_input_gradient(ChannelSums* sums, const BackwardBlock& block, in
   block_barrier();  // every group is through: its memory is free
   if (!G::kStaged) {
     sums->store(shared_start() + G::kSumsAt +
-                (block.group * G::kInputWarps + index) * G::kSummerBytes);
+                (block.group * G::kDgradWarps + index) * G::kSummerBytes);
   }
   for (int i = 0; i < G::kTurns; ++i) block_barrier();
   block_barrier();  // sums and dweight are there
 }
 
 template <class G>
-DEVICE void input_gradient(const BackwardParams& p, const BackwardBlock& block, int index) {
+DEVICE void dgrad(const BackwardParams& p, const BackwardBlock& block, int index) {
   constexpr int kInSixteens = G::kIn / 16, kTiles = G::kConfig.tiles_per_warp;
   const int sixteen = index % kInSixteens, first_tile = index / kInSixteens;
   const int lane = thread_index() & 31;
   WeightFragments<G::K / 16> weights;
-  weights.load(p.weight, block.split * kInSixteens + sixteen);
+  weights.load(p.fragments, block.split * kInSixteens + sixteen);
   wait_for_kernel_before();
 
   int row_of_step = 0, ring_row = 0;
@@ -160,12 +161,12 @@ DEVICE void input_gradient(const BackwardParams& p, const BackwardBlock& block, 
   auto begin = [&] {
     begin_backward<G>(p, block.start, index);
     if (p.before.slabs != nullptr) {
-      add_slabs(p.before, block.group * (G::kInputWarps + G::kWeightWarps) + index,
-                G::kGroups * (G::kInputWarps + G::kWeightWarps));
+      add_slabs(p.before, block.group * (G::kDgradWarps + G::kWgradWarps) + index,
+                G::kGroups * (G::kDgradWarps + G::kWgradWarps));
     }
   };
   const FragmentAddresses<G::K> fragments(block.start + G::kDyAt, first_tile);
-  const int units = block.units.count();
+  const int image_groups = block.image_groups.count();
   RowConvolution<typename G::T, G::K, kTiles> convolution;
   if constexpr (G::kStaged) {
     begin();
@@ -183,18 +184,18 @@ DEVICE void input_gradient(const BackwardParams& p, const BackwardBlock& block, 
       }
       staged.next_row();
     };
-    convolution.template stream<G::kSize>(units, fragments, weights, fetch, finish);
-    end_input_gradient<G>(nullptr, block, index);
+    convolution.template stream<G::kSize>(image_groups, fragments, weights, fetch, finish);
+    end_dgrad<G>(nullptr, block, index);
   } else {
     DirectRows<G> direct(p, block, index);
     begin();
     auto finish = [&](const Tile(&row)[kTiles], bool done) {
       if (done) direct.finish(row);
     };
-    convolution.template stream<G::kSize>(units, fragments, weights, fetch, finish);
+    convolution.template stream<G::kSize>(image_groups, fragments, weights, fetch, finish);
     wait_for_copies<0>();
     direct.centre();
-    end_input_gradient<G>(&direct.sums, block, index);
+    end_dgrad<G>(&direct.sums, block, index);
   }
 }
 
@@ -203,19 +204,18 @@ DEVICE void input_gradient(const BackwardParams& p, const BackwardBlock& block, 
 // + 1; columns likewise. So a row i of dy, read at shifts 0 and + 1, finishes row 2i - 1, makes
 // row 2i and begins row 2i + 1: 9 products of tiles, the same number as at stride 1.
 template <class G>
-DEVICE void input_gradient_stride_2(const BackwardParams& p, const BackwardBlock& block,
-                                    int index) {
+DEVICE void dgrad_stride_2(const BackwardParams& p, const BackwardBlock& block, int index) {
   using T = typename G::T;
   constexpr int kSteps = G::K / 16;
-  static_assert(G::kTiles == 1 && G::kInputWarps == G::kIn / 16 && G::kDyRows == 1);
+  static_assert(G::kTiles == 1 && G::kDgradWarps == G::kIn / 16 && G::kDyRows == 1);
   const int lane = thread_index() & 31;
   WeightFragments<kSteps> weights;
-  weights.load(p.weight, index);
+  weights.load(p.fragments, index);
   wait_for_kernel_before();
   begin_backward<G>(p, block.start, index);
   if (p.before.slabs != nullptr) {
-    add_slabs(p.before, block.group * (G::kInputWarps + G::kWeightWarps) + index,
-              G::kGroups * (G::kInputWarps + G::kWeightWarps));
+    add_slabs(p.before, block.group * (G::kDgradWarps + G::kWgradWarps) + index,
+              G::kGroups * (G::kDgradWarps + G::kWgradWarps));
   }
 
   // of the fragments of kx = 1 and 2 in conv_rows.cuh: shifts 0 and + 1
@@ -242,7 +242,7 @@ DEVICE void input_gradient_stride_2(const BackwardParams& p, const BackwardBlock
   };
   Tile before[2], even[2], odd[2];  // rows 2i - 1, 2i, 2i + 1; of each even and odd columns
   uint32_t row = 0;
-  for (int left = block.units.count(); left > 0; --left) {
+  for (int left = block.image_groups.count(); left > 0; --left) {
     before[0].clear(), before[1].clear();
 #pragma unroll 1
     for (int i = 0; i < G::kDySize; ++i) {
@@ -269,7 +269,7 @@ DEVICE void input_gradient_stride_2(const BackwardParams& p, const BackwardBlock
     }
     put(before);
   }
-  end_input_gradient<G>(nullptr, block, index);
+  end_dgrad<G>(nullptr, block, index);
 }
 
 }  // namespace cifar_resnet_fast

@@ -48,24 +48,26 @@ template <class G>
 DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block, int index) {
   using T = typename G::T;
   constexpr int kSteps = G::kConfig.ring_steps, kDyChunks = G::kDyChunks, kAChunks = G::kAChunks;
-  constexpr int kInputUnit = G::kImages * Stage<G::C>::kImageBytes;  // bytes of a unit
-  constexpr int kDyUnit = G::kImages * Stage<G::K>::kImageBytes;
-  constexpr int kUnitSteps = G::kDySize / G::kDyRows;
-  static_assert(kUnitSteps >= 3, "the staged epilogue is three steps behind");
+  constexpr int kInputGroupBytes =
+      G::kImages * Stage<G::C>::kImageBytes;  // bytes of an image group
+  constexpr int kDyGroupBytes = G::kImages * Stage<G::K>::kImageBytes;
+  constexpr int kImageGroupSteps = G::kDySize / G::kDyRows;
+  static_assert(kImageGroupSteps >= 3, "the staged epilogue is three steps behind");
   const int lane = thread_index() & 31, position = index * 32 + lane;
   const uint32_t raw = block.start + G::kRawAt + position * 16;
-  const int first_unit = block.units.template start<G::kUnitStep>();
-  const uint32_t steps = block.units.count() * kUnitSteps;
+  const int first_group = block.image_groups.template start<G::kImageGroupStep>();
+  const uint32_t steps = block.image_groups.count() * kImageGroupSteps;
   // where the rows of a step begin: of dz, y and the residual; of input, y_before and out
-  auto unit_of = [&](uint32_t step) {
-    return first_unit + G::kUnitStep * static_cast<int>(step / kUnitSteps);
+  auto image_group_of = [&](uint32_t step) {
+    return first_group + G::kImageGroupStep * static_cast<int>(step / kImageGroupSteps);
   };
   auto dy_rows = [&](uint32_t step) {
-    return unit_of(step) * kDyUnit + static_cast<int>(step % kUnitSteps) * G::kDyRows * kRowBytes;
+    return image_group_of(step) * kDyGroupBytes +
+           static_cast<int>(step % kImageGroupSteps) * G::kDyRows * kRowBytes;
   };
   auto a_rows = [&](uint32_t step) {
-    return unit_of(step) * kInputUnit +
-           static_cast<int>(step % kUnitSteps) * G::kARows * kRowBytes;
+    return image_group_of(step) * kInputGroupBytes +
+           static_cast<int>(step % kImageGroupSteps) * G::kARows * kRowBytes;
   };
 
   // where the lane's chunks are: in a row in global memory, in a haloed row, in a staging row
@@ -89,7 +91,7 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
   const int dy_from = kept(dy_image(0) * Stage<G::K>::kImageBytes + position % kRowChunks * 16);
   const int a_from = kept(a_image(0) * Stage<G::C>::kImageBytes + (a_x * G::C + a_channel) * 2);
   // Stride 2, backward of option A: even pixels of even rows get the middle channels of the
-  // smaller picture. Chunks of a lane are whole rows or an even number of pixels apart.
+  // smaller image. Chunks of a lane are whole rows or an even number of pixels apart.
   const bool has_residual = G::kResidual && (G::STRIDE == 1 || a_x % 2 == 0);
   const int residual_from = G::STRIDE == 1 ? a_from
                                            : kept(a_image(0) * Stage<G::K>::kImageBytes +
@@ -110,12 +112,12 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
     a_to[j] = kept(block.start + G::kAAt + G::ARow::offset(a_image(j), x, a_chunk));
   }
   // images from that of the lane's first chunk on
-  const int dy_images = p.images - dy_image(0), a_images = p.images - a_image(0);
-  auto dy_present = [&](int unit, int j) {
-    return G::kImages == 1 || dy_images - unit * G::kImages > j * kLanes / kRowChunks;
+  const int dy_images = p.batch - dy_image(0), a_images = p.batch - a_image(0);
+  auto dy_present = [&](int image_group, int j) {
+    return G::kImages == 1 || dy_images - image_group * G::kImages > j * kLanes / kRowChunks;
   };
-  auto a_present = [&](int unit, int j) {
-    return G::kImages == 1 || a_images - unit * G::kImages > j * kLanes / kAImageChunks;
+  auto a_present = [&](int image_group, int j) {
+    return G::kImages == 1 || a_images - image_group * G::kImages > j * kLanes / kAImageChunks;
   };
 
   // loads of one step: the rows to produce, and the other tensors of the step that is three
@@ -125,13 +127,13 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
   auto load = [&] {
     const uint32_t to = raw + load_slot * G::kRawStepBytes;
     if (load_step < steps) {
-      const int unit = unit_of(load_step);
+      const int image_group = image_group_of(load_step);
 #pragma unroll
       for (int r = 0; r < G::kDyRows; ++r) {
         const int at = dy_rows(load_step) + r * kRowBytes + dy_from;
 #pragma unroll
         for (int j = 0; j < kDyChunks; ++j) {
-          const bool here = dy_present(unit, j);
+          const bool here = dy_present(image_group, j);
           const int slot = r * kDyChunks + j;
           copy_16_bytes_async<G::kResidual>(to + (G::kDzSlot + slot) * G::kSlotStride,
                                             static_cast<const char*>(p.dz) + at + dy_distance(j),
@@ -147,13 +149,13 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
         for (int j = 0; j < kAChunks; ++j) {
           copy_16_bytes_async<G::kResidual>(
               to + (G::kInputSlot + r * kAChunks + j) * G::kSlotStride,
-              static_cast<const char*>(p.input) + at + a_distance(j), a_present(unit, j));
+              static_cast<const char*>(p.input) + at + a_distance(j), a_present(image_group, j));
         }
       }
     }
     const uint32_t side_step = load_step - 3;  // wraps: not below steps
     if (G::kStaged && side_step < steps) {
-      const int unit = unit_of(side_step);
+      const int image_group = image_group_of(side_step);
       const void* with = G::kResidual ? p.y_before : p.input;
 #pragma unroll
       for (int r = 0; r < G::kARows; ++r) {
@@ -162,7 +164,7 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
         for (int j = 0; j < kAChunks; ++j) {
           copy_16_bytes_async(to + (G::kSumsSlot + r * kAChunks + j) * G::kSlotStride,
                               static_cast<const char*>(with) + at + a_distance(j),
-                              a_present(unit, j));
+                              a_present(image_group, j));
         }
       }
 #pragma unroll
@@ -173,7 +175,7 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
           copy_16_bytes_async<true>(
               to + (G::kResidualSlot + r * kAChunks + j) * G::kSlotStride,
               static_cast<const char*>(p.residual) + at + residual_distance(j),
-              has_residual && a_present(unit, j));
+              has_residual && a_present(image_group, j));
         }
       }
     }
@@ -184,7 +186,7 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) load();
 
-  begin_backward<G>(p, block.start, G::kInputWarps + G::kWeightWarps + index);
+  begin_backward<G>(p, block.start, G::kDgradWarps + G::kWgradWarps + index);
   float a_dz[8], b_y[8], c_1[8], scale[8], shift[8];  // dy = a_dz * dz + b_y * y + c_1
   load_8_floats(shared_start() + dy_chunk * 32, a_dz);
   load_8_floats(shared_start() + G::K * 4 + dy_chunk * 32, b_y);
@@ -232,7 +234,7 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
                                          chunks.a[i], chunks.with[i], sums)
                  : finish_chunk<T, false>(chunks.gradient[i], make_uint4(0, 0, 0, 0), chunks.a[i],
                                           chunks.with[i], sums);
-        if (a_present(unit_of(step), j)) {
+        if (a_present(image_group_of(step), j)) {
           store_16_bytes(static_cast<char*>(p.out) + at + a_distance(j), out);
         }
       }
@@ -283,7 +285,7 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
         }
         const uint32_t row = dy_to[j] + (half * G::kDyRows + r) * G::kDyRowBytes;
         store_shared(row, dy.chunk());
-        if (!dy_present(unit_of(step), j)) store_shared(row, make_uint4(0, 0, 0, 0));
+        if (!dy_present(image_group_of(step), j)) store_shared(row, make_uint4(0, 0, 0, 0));
       }
     }
 #pragma unroll
@@ -315,7 +317,7 @@ DEVICE void produce_backward(const BackwardParams& p, const BackwardBlock& block
   if constexpr (G::kStaged) {
     float mean[8];  // of y_before, on its way while the last rows are finished
 #pragma unroll
-    for (int i = 0; i < 8; ++i) mean[i] = load_float(p.saved_before + a_channel + i);
+    for (int i = 0; i < 8; ++i) mean[i] = load_float(p.norm_before + a_channel + i);
     wait_for_copies<0>();
     if (steps > 0) read_and_finish(steps - 3, slot), next_slot();
     group_barrier<G::kGroupWarps>(block.group + 1);  // the last rows are staged

@@ -1,4 +1,4 @@
-// Weight-gradient warps of the backward kernels. The roles and the barrier are described in
+// Wgrad warps of the backward kernels. The roles and the barrier are described in
 // backward_geometry.cuh.
 //
 // dweight[tap][c][k] is a product of matrices over pixels: a, shifted by the tap, transposed [c,
@@ -11,10 +11,10 @@
 namespace cifar_resnet_fast {
 
 template <class G>
-struct WeightGradient {
+struct Wgrad {
   using T = typename G::T;
   static constexpr int kColumns = G::kConfig.columns_per_warp;
-  // 16 pixels of dy at a time; a unit's row has so many of them
+  // 16 pixels of dy at a time; an image group's row has so many of them
   static constexpr int kPieces = G::kTiles;
   // With 16 channels the two pieces are those of the forward product (tile_pixel in
   // row_layout.cuh): four fragments of a, with shifts -1 .. 2, serve three taps of both, and
@@ -27,7 +27,7 @@ struct WeightGradient {
   uint32_t dy, a[kAddresses];  // the lane's addresses of the first piece, for a by shift or kx
   int c_16, first_k_16;        // which input, and first output, channels
 
-  DEVICE WeightGradient(const BackwardBlock& block, int index)
+  DEVICE Wgrad(const BackwardBlock& block, int index)
       : c_16(index % (G::kIn / 16)), first_k_16(index / (G::kIn / 16) * kColumns) {
     const int lane = thread_index() & 31, row = lane & 7, low = lane >> 3 & 1, high = lane >> 4;
     // 16 pixels: of a row of one image, or 8 of two
@@ -90,10 +90,10 @@ struct WeightGradient {
   // Stride 1: row y - 1 of a meets rows y, y - 1 and y - 2 of dy through ky = 0, 1 and 2, once row
   // y is there. The rows of dy rotate; those above and below an image are zeros.
   template <class Fetch>
-  DEVICE void stream(int units, Fetch fetch) {
+  DEVICE void stream(int image_groups, Fetch fetch) {
     DyRowFragments rows[3];
     rows[0].clear(), rows[1].clear(), rows[2].clear();
-    const int count = units * (G::kSize + 1);
+    const int count = image_groups * (G::kSize + 1);
     int y = 0, a_row = G::kARing - 1;  // of row y - 1
     for (int first = 0; first < count; first += 3) {
 #pragma unroll
@@ -144,11 +144,11 @@ struct WeightGradient {
 
   // Stride 2: row i of dy meets rows 2i - 1, 2i and 2i + 1 of a.
   template <class Fetch>
-  DEVICE void stream_stride_2(int units, Fetch fetch) {
+  DEVICE void stream_stride_2(int image_groups, Fetch fetch) {
     static_assert(kPieces == 1);
     DyRowFragments row;
     int a_row = 0;  // of row 2i
-    for (int unit = 0; unit < units; ++unit) {
+    for (int image_group = 0; image_group < image_groups; ++image_group) {
 #pragma unroll 1
       for (int i = 0; i < G::kDySize; ++i) {
         load_dy(row, fetch());
@@ -191,12 +191,12 @@ struct WeightGradient {
 };
 
 template <class G>
-DEVICE void weight_gradient(const BackwardParams& p, const BackwardBlock& block, int index) {
+DEVICE void wgrad(const BackwardParams& p, const BackwardBlock& block, int index) {
   wait_for_kernel_before();
-  begin_backward<G>(p, block.start, G::kInputWarps + index);
+  begin_backward<G>(p, block.start, G::kDgradWarps + index);
   if (p.before.slabs != nullptr) {
-    const int warps = G::kInputWarps + G::kWeightWarps;
-    add_slabs(p.before, block.group * warps + G::kInputWarps + index, G::kGroups * warps);
+    const int warps = G::kDgradWarps + G::kWgradWarps;
+    add_slabs(p.before, block.group * warps + G::kDgradWarps + index, G::kGroups * warps);
   }
   int row_of_step = 0, ring_row = 0;
   auto fetch = [&]() -> uint32_t {
@@ -206,19 +206,19 @@ DEVICE void weight_gradient(const BackwardParams& p, const BackwardBlock& block,
     ring_row = (ring_row + 1) % G::kDyRing;
     return row;
   };
-  WeightGradient<G> gradient(block, index);
-  const int units = block.units.count();
+  Wgrad<G> gradient(block, index);
+  const int image_groups = block.image_groups.count();
   if constexpr (G::STRIDE == 1) {
-    gradient.stream(units, fetch);
+    gradient.stream(image_groups, fetch);
   } else {
-    gradient.stream_stride_2(units, fetch);
+    gradient.stream_stride_2(image_groups, fetch);
   }
   if (G::kStaged) group_barrier<G::kGroupWarps>(block.group + 1);  // the last rows are staged
 
   if constexpr (G::kGroups == 1) {
     // while the producers finish the last rows
     float* slab = p.slabs + static_cast<long long>(block.row) * G::kSlabElements;
-    if (units > 0) {
+    if (image_groups > 0) {
       gradient.each_pair(block.split * G::kIn, [&](int element, float first, float second) {
         store_8_bytes(slab + element, make_uint2(as_bits(first), as_bits(second)));
       });

@@ -26,41 +26,41 @@ struct EvaluateGeometry {
   static constexpr int kGroupBytes = kRing * kStepBytes;
   static constexpr int kSharedBytes = kConfig.groups * kGroupBytes;
   static constexpr int kTiles = K == 16 ? 2 : kImages / Out::kImagesPerTile;
-  static constexpr int kUnitSteps = Out::kSize;
+  static constexpr int kImageGroupSteps = Out::kSize;
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
 namespace {
 
 template <class G>
-DEVICE void copy_rows(const EvaluateParams& p, const Share& units, int group, int index,
+DEVICE void copy_rows(const EvaluateParams& p, const Share& image_groups, int group, int index,
                       uint32_t halo) {
   const int position = index * 32 + (thread_index() & 31);
-  int load_unit = units.first, load_y = 0, slot = 0;
+  int load_group = image_groups.first, load_y = 0, slot = 0;
   auto load_step = [&] {
-    if (load_unit < units.end) {
+    if (load_group < image_groups.end) {
 #pragma unroll
       for (int j = 0; j < G::kChunks; ++j) {
         const int chunk = j * G::kConfig.producers * 32 + position, image = chunk / kRowChunks;
-        const bool present = load_unit * G::kImages + image < p.images;
+        const bool present = load_group * G::kImages + image < p.batch;
         const uint32_t to =
             halo + slot * G::kStepBytes +
             G::Row::offset(image, chunk % kRowChunks / (G::C / 8), position % (G::C / 8));
         const char* from = static_cast<const char*>(p.x) +
-                           (load_unit * G::kImages + image) * Stage<G::C>::kImageBytes +
+                           (load_group * G::kImages + image) * Stage<G::C>::kImageBytes +
                            load_y * G::STRIDE * kRowBytes + chunk % kRowChunks * 16;
 #pragma unroll
         for (int r = 0; r < G::STRIDE; ++r) {
           copy_16_bytes_async(to + r * G::kRowBytesHaloed, from + r * kRowBytes, present);
         }
       }
-      if (++load_y == G::kUnitSteps) load_y = 0, ++load_unit;
+      if (++load_y == G::kImageGroupSteps) load_y = 0, ++load_group;
     }
     commit_copies();
     slot = (slot + 1) % G::kRing;
   };
   for (int i = 0; i < G::kRing - 1; ++i) load_step();
-  const int steps = (units.end - units.first) * G::kUnitSteps;
+  const int steps = (image_groups.end - image_groups.first) * G::kImageGroupSteps;
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<G::kRing - 2>();
     group_barrier<G::kGroupWarps>(group + 1);  // this step's rows are there
@@ -77,10 +77,10 @@ struct FinishedRows {
   float bias[4];
   bool adds, option_a;
   uint2 shortcut[kHalves];
-  int unit, end, y = 0;
+  int image_group, end, y = 0;
 
-  DEVICE FinishedRows(const EvaluateParams& params, const Share& units, int index)
-      : p(params), unit(units.first), end(units.end) {
+  DEVICE FinishedRows(const EvaluateParams& params, const Share& image_groups, int index)
+      : p(params), image_group(image_groups.first), end(image_groups.end) {
     const int lane = thread_index() & 31, channel = index * 16 + (lane & 3) * 4;
     option_a = G::K > 16 && p.shortcut_kind == Shortcut::kOptionA;
     const int old = channel - G::K / 4;  // option A: of the stage before
@@ -98,14 +98,15 @@ struct FinishedRows {
     for (int i = 0; i < 4; ++i) bias[i] = load_float(p.bias + channel + i);
     load_shortcut();
   }
-  DEVICE bool present(int i) const { return unit * G::kImages + image[i] < p.images; }
-  DEVICE int row() const { return unit * G::kImages * G::Out::kImageBytes + y * kRowBytes; }
+  DEVICE bool present(int i) const { return image_group * G::kImages + image[i] < p.batch; }
+  DEVICE int row() const { return image_group * G::kImages * G::Out::kImageBytes + y * kRowBytes; }
   DEVICE void load_shortcut() {
 #pragma unroll
     for (int i = 0; i < kHalves; ++i) {
       const char* from = static_cast<const char*>(p.shortcut) + (option_a ? 2 * row() : row());
-      shortcut[i] = adds && unit < end && present(i) ? load_8_bytes(from + shortcut_place[i])
-                                                     : make_uint2(0, 0);
+      shortcut[i] = adds && image_group < end && present(i)
+                        ? load_8_bytes(from + shortcut_place[i])
+                        : make_uint2(0, 0);
     }
   }
   DEVICE void write(const Tile (&tiles)[G::kTiles]) {
@@ -114,7 +115,7 @@ struct FinishedRows {
       write_half_tile<T>(tiles[i / 2], i % 2, static_cast<char*>(p.out) + row() + place[i],
                          present(i), bias, shortcut[i]);
     }
-    if (++y == G::Out::kSize) y = 0, ++unit;
+    if (++y == G::Out::kSize) y = 0, ++image_group;
     load_shortcut();
   }
 };
@@ -128,8 +129,9 @@ __global__ void __launch_bounds__(G::kThreads, 1) conv3x3_evaluate_kernel(Evalua
   const int warp_of_role = produces ? warp - kConvolvers : warp;
   const int group = warp_of_role / role_warps, index = warp_of_role % role_warps;
   const uint32_t halo = shared_start() + group * G::kGroupBytes;
-  const Share units((p.images + G::kImages - 1) / G::kImages,
-                    block_index() * G::kConfig.groups + group, block_count() * G::kConfig.groups);
+  const Share image_groups((p.batch + G::kImages - 1) / G::kImages,
+                           block_index() * G::kConfig.groups + group,
+                           block_count() * G::kConfig.groups);
   let_next_kernel_start();
   for (int i = thread_index() * 16; i < G::kSharedBytes; i += G::kThreads * 16) {
     store_shared(shared_start() + i, make_uint4(0, 0, 0, 0));
@@ -137,13 +139,13 @@ __global__ void __launch_bounds__(G::kThreads, 1) conv3x3_evaluate_kernel(Evalua
   block_barrier();  // the pixels beside the images are zeros
   if (produces) {
     wait_for_kernel_before();
-    copy_rows<G>(p, units, group, index, halo);
+    copy_rows<G>(p, image_groups, group, index, halo);
     return;
   }
   WeightFragments<G::C / 16> weights;
-  weights.load(p.weight, index);
+  weights.load(p.fragments, index);
   wait_for_kernel_before();
-  FinishedRows<T, G> out(p, units, index);
+  FinishedRows<T, G> out(p, image_groups, index);
   uint32_t step = 0;
   auto fetch = [&]() -> uint32_t {
     group_barrier<G::kGroupWarps>(group + 1);  // this step's rows are there
@@ -157,16 +159,16 @@ __global__ void __launch_bounds__(G::kThreads, 1) conv3x3_evaluate_kernel(Evalua
     auto finish = [&](const Tile(&tiles)[G::kTiles], bool done) {
       if (done) out.write(tiles);
     };
-    convolution.template stream<Stage<G::C>::kSize>(units.end - units.first, fragments, weights,
-                                                    fetch, finish);
+    convolution.template stream<Stage<G::C>::kSize>(image_groups.end - image_groups.first,
+                                                    fragments, weights, fetch, finish);
   } else {
     static_assert(G::kTiles == 1);
     const StridedConvolution<T, G::C> convolution(halo);
     Tile here[1], below;
-    for (int unit = units.first; unit < units.end; ++unit) {
+    for (int image_group = image_groups.first; image_group < image_groups.end; ++image_group) {
       here[0].clear();
 #pragma unroll 1
-      for (int y = 0; y < G::kUnitSteps; ++y) {
+      for (int y = 0; y < G::kImageGroupSteps; ++y) {
         const uint32_t rows = fetch();
         below.clear();
         convolution.multiply(here[0], below, rows, rows + G::kRowBytesHaloed, weights);
@@ -181,9 +183,9 @@ __global__ void __launch_bounds__(G::kThreads, 1) conv3x3_evaluate_kernel(Evalua
 
 int conv3x3_evaluate(const EvaluateParams& p, Dtype dtype, int channels, int stride, int blocks,
                      bool overlap, void* stream) {
-  if (p.images < 1 || p.images > 65535) return kBadImages;
+  if (p.batch < 1 || p.batch > 65535) return kBadImages;
   if (blocks < 1) return kBadBlocks;
-  if (p.x == nullptr || p.weight == nullptr || p.bias == nullptr || p.out == nullptr ||
+  if (p.x == nullptr || p.fragments == nullptr || p.bias == nullptr || p.out == nullptr ||
       (p.shortcut_kind != Shortcut::kNone && p.shortcut == nullptr)) {
     return kBadPointer;
   }

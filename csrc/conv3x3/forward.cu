@@ -17,15 +17,16 @@ __global__ void __launch_bounds__((ForwardGeometry<C, STRIDE, FINISHES>::kThread
   const int warp_of_role = produces ? warp - kConvolvers : warp;
   const int group = warp_of_role / role_warps, index = warp_of_role % role_warps;
   const uint32_t halo = shared_start() + G::kGroupsAt + group * G::kGroupBytes;
-  const Share units((p.images + G::kImages - 1) / G::kImages,
-                    block_index() * G::kConfig.groups + group, block_count() * G::kConfig.groups);
+  const Share image_groups((p.batch + G::kImages - 1) / G::kImages,
+                           block_index() * G::kConfig.groups + group,
+                           block_count() * G::kConfig.groups);
   if (produces) {
     wait_for_kernel_before();
-    produce_rows<T, G, C, FINISHES>(p, units, group, index, halo);
+    produce_rows<T, G, C, FINISHES>(p, image_groups, group, index, halo);
   } else if constexpr (STRIDE == 1) {
-    convolve_rows<T, G, C>(p, units, group, index, halo);
+    convolve_rows<T, G, C>(p, image_groups, group, index, halo);
   } else {
-    convolve_rows_stride_2<T, G, C>(p, units, group, index, halo);
+    convolve_rows_stride_2<T, G, C>(p, image_groups, group, index, halo);
   }
   // the block's row of sums, over its groups in order
   for (int i = thread_index(); i < 2 * G::kOut; i += G::kThreads) {
@@ -51,14 +52,14 @@ int launch_forward(const ForwardParams& p, int blocks, bool overlap, void* strea
 
 int conv3x3_forward(const ForwardParams& p, Dtype dtype, int channels, int stride, int blocks,
                     bool overlap, void* stream) {
-  if (p.images < 1 || p.images > 65535) return kBadImages;
+  if (p.batch < 1 || p.batch > 65535) return kBadImages;
   if (blocks < 1) return kBadBlocks;
-  const ForwardNorm& n = p.norm;
+  const BatchNormForward& n = p.bn;
   for (const void* needed :
-       {p.y, p.weight, static_cast<const void*>(p.out), static_cast<const void*>(p.out_sums),
+       {p.y, p.fragments, static_cast<const void*>(p.out), static_cast<const void*>(p.out_sums),
         static_cast<const void*>(n.sums), static_cast<const void*>(n.weight),
         static_cast<const void*>(n.bias), static_cast<const void*>(n.running_mean),
-        static_cast<const void*>(n.running_var), static_cast<const void*>(n.saved)}) {
+        static_cast<const void*>(n.running_var), static_cast<const void*>(n.norm)}) {
     if (needed == nullptr) return kBadPointer;
   }
   if (p.x != nullptr && p.shortcut_kind != Shortcut::kNone && p.shortcut == nullptr) {
@@ -75,7 +76,7 @@ int conv3x3_forward(const ForwardParams& p, Dtype dtype, int channels, int strid
       if constexpr (S::kStride == 1) {
         return launch_forward<T, S::kChannels, S::kStride, false>(p, blocks, overlap, stream);
       } else {
-        return kBadPointer;  // the first convolution of a block, so always F1
+        return kBadPointer;  // the first convolution of a block, so it finishes x
       }
     });
   });

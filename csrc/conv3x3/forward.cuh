@@ -1,10 +1,12 @@
-// Forward 3x3 convolutions (F1 and F2 of conv3x3.h) that stream rows.
+// Forward 3x3 convolutions (forward_first and forward_second of conv3x3.h) that stream rows.
 //
-// A *unit* is an image, or a few side by side, that are streamed together, row by row. A *group*
-// of warps streams whole units; a block has one or more groups and meets only before and after.
+// An *image group* is an image, or a few side by side, that are streamed together, row by row. A
+// *group* of warps streams whole image groups; a block has one or more groups and meets only
+// before and after.
 //   Producer warps bring raw rows into a ring of shared memory, each lane its own 16-byte chunks
 //     for itself (cp.async, several steps ahead). Once a chunk is there, the lane applies scale,
-//     shift, shortcut and ReLU in registers and writes it into a haloed row, and for F1 to x.
+//     shift, shortcut and ReLU in registers and writes it into a haloed row, and in
+//     forward_first to x.
 //   Convolution warps make 16 output channels each from the haloed rows (conv_rows.cuh), and
 //     write raw rows straight from registers: 8 bytes a lane, full 32-byte sectors.
 // A *step* is one or two rows. There are haloed rows for two steps: while the convolution warps
@@ -13,8 +15,8 @@
 // takes, have been read.
 //
 // The first loads are on their way before the coefficients are made from the sums of the kernel
-// before, so that making them costs little. Images that are missing in the last unit are not
-// loaded or stored; their haloed rows are zeros, so they add nothing to the sums.
+// before, so that making them costs little. Images that are missing in the last image group are
+// not loaded or stored; their haloed rows are zeros, so they add nothing to the sums.
 #pragma once
 
 #include "common/conv_rows.cuh"
@@ -28,11 +30,11 @@ struct ForwardConfig {
   int step_rows;   // between two barriers
   int ring_steps;  // of raw rows that are on their way
   int producers;   // warps of a group
-  int images;      // of a unit
+  int images;      // of an image group
 };
 
-// One H100, batch 1024, bfloat16, measured on prototypes of these kernels (2026-11); F1 / F2 in
-// microseconds, and their floor: bytes at 3.0 TB/s.
+// One H100, batch 1024, bfloat16, measured on prototypes of these kernels (2026-11); first /
+// second in microseconds, and their floor: bytes at 3.0 TB/s.
 template <int C, int STRIDE>
 constexpr ForwardConfig forward_config() {
   if (STRIDE == 2) {
@@ -44,12 +46,12 @@ constexpr ForwardConfig forward_config() {
                    : ForwardConfig{1, 1, 4, 4, 4};  // 17.4 / 15.6  (11.2 / 8.1, by the mma)
 }
 
-// FINISHES: F1, which writes the finished activation x
+// FINISHES: forward_first, which writes the finished activation x
 template <int C, int STRIDE, bool FINISHES>
 struct ForwardGeometry {
   static constexpr ForwardConfig kConfig = forward_config<C, STRIDE>();
   using Row = HaloRow<C, Stage<C>::kSize>;
-  static constexpr int kUnitStep = FINISHES ? kDescending : kAscending;
+  static constexpr int kImageGroupStep = FINISHES ? kDescending : kAscending;
   static constexpr int kImages = kConfig.images;
   static constexpr int kOut = C * STRIDE;  // output channels
   static constexpr int kConvolvers = kOut / 16;
@@ -79,8 +81,8 @@ struct ForwardGeometry {
 template <class G, int C>
 DEVICE void begin_forward(const ForwardParams& p, uint32_t halo, int warp_of_group) {
   const uint32_t start = shared_start();
-  const double count = static_cast<double>(p.images) * Stage<C>::kSize * Stage<C>::kSize;
-  forward_coefficients<C, G::kThreads>(p.norm, count, start, start + G::kScratchAt);
+  const double count = static_cast<double>(p.batch) * Stage<C>::kSize * Stage<C>::kSize;
+  forward_coefficients<C, G::kThreads>(p.bn, count, start, start + G::kScratchAt);
   const int lane = thread_index() & 31;
   for (int i = (warp_of_group * 32 + lane) * 16; i < G::kHaloBytes; i += G::kGroupWarps * 512) {
     store_shared(halo + i, make_uint4(0, 0, 0, 0));
@@ -90,11 +92,11 @@ DEVICE void begin_forward(const ForwardParams& p, uint32_t halo, int warp_of_gro
 }
 
 template <class T, class G, int C, bool FINISHES>
-DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, int index,
+DEVICE void produce_rows(const ForwardParams& p, const Share& image_groups, int group, int index,
                          uint32_t halo) {
   constexpr int kSize = Stage<C>::kSize, kChunks = G::kChunks, kStepRows = G::kStepRows;
   constexpr int kRingSteps = G::kConfig.ring_steps;
-  constexpr int kUnitBytes = G::kImages * Stage<C>::kImageBytes;
+  constexpr int kImageGroupBytes = G::kImages * Stage<C>::kImageBytes;
   const int lane = thread_index() & 31, position = index * 32 + lane;
   const uint32_t ring = halo + G::kHaloBytes + position * 16;
   const int chunk_of_pixel = position % (C / 8);
@@ -109,7 +111,7 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
   const int first_x = position % kRowChunks / (C / 8);
   const int from = kept(image(0) * Stage<C>::kImageBytes + position % kRowChunks * 16);
   // option A: new channels, half of them in front, are zero; the others are two channels' worth of
-  // bytes a pixel of the larger picture, every second pixel of it
+  // bytes a pixel of the larger image, every second pixel of it
   const bool option_a = FINISHES && C > 16 && p.shortcut_kind == Shortcut::kOptionA;
   const bool has_shortcut =
       FINISHES && p.shortcut_kind != Shortcut::kNone &&
@@ -124,16 +126,16 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
     const int x = first_x + j * kLanes % kRowChunks / (C / 8);
     to[j] = kept(halo + G::Row::offset(image(j), x, chunk_of_pixel));
   }
-  auto present = [&](int unit, int j) {
-    return G::kImages == 1 || unit * G::kImages + image(j) < p.images;
+  auto present = [&](int image_group, int j) {
+    return G::kImages == 1 || image_group * G::kImages + image(j) < p.batch;
   };
 
   // loads: the next step's rows into the ring; one group of copies a step, empty behind the end
-  int load_unit = units.start<G::kUnitStep>(), loads_left = units.count();
+  int load_group = image_groups.start<G::kImageGroupStep>(), loads_left = image_groups.count();
   int load_y = 0, load_slot = 0;
   auto load_step = [&] {
     if (loads_left > 0) {
-      const int row = load_unit * kUnitBytes + load_y * kRowBytes;
+      const int row = load_group * kImageGroupBytes + load_y * kRowBytes;
       const char* y = static_cast<const char*>(p.y) + (row + from);
       const char* shortcut =
           static_cast<const char*>(p.shortcut) + (row * shortcut_scale + shortcut_from);
@@ -144,17 +146,17 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
         for (int j = 0; j < kChunks; ++j) {
           copy_16_bytes_async<true>(slot + j * G::kChunkStride,
                                     y + r * kRowBytes + distance(j, Stage<C>::kImageBytes),
-                                    present(load_unit, j));
+                                    present(load_group, j));
           if (FINISHES) {
             copy_16_bytes_async<true>(slot + (kChunks + j) * G::kChunkStride,
                                       shortcut + r * kRowBytes * shortcut_scale +
                                           distance(j, Stage<C>::kImageBytes * shortcut_scale),
-                                      has_shortcut && present(load_unit, j));
+                                      has_shortcut && present(load_group, j));
           }
         }
       }
       load_y += kStepRows;
-      if (load_y == kSize) load_y = 0, --loads_left, load_unit += G::kUnitStep;
+      if (load_y == kSize) load_y = 0, --loads_left, load_group += G::kImageGroupStep;
     }
     commit_copies();
     load_slot = load_slot + 1 == kRingSteps ? 0 : load_slot + 1;
@@ -167,11 +169,11 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
   load_8_floats(shared_start() + chunk_of_pixel * 32, scale);
   load_8_floats(shared_start() + C * 4 + chunk_of_pixel * 32, shift);
 
-  int slot = 0, half = 0, unit = units.start<G::kUnitStep>();
-  for (int left = units.count(); left > 0; --left, unit += G::kUnitStep) {
+  int slot = 0, half = 0, image_group = image_groups.start<G::kImageGroupStep>();
+  for (int left = image_groups.count(); left > 0; --left, image_group += G::kImageGroupStep) {
 #pragma unroll 1
     for (int y = 0; y < kSize; y += kStepRows) {
-      char* x = static_cast<char*>(p.x) + (unit * kUnitBytes + y * kRowBytes + from);
+      char* x = static_cast<char*>(p.x) + (image_group * kImageGroupBytes + y * kRowBytes + from);
       wait_for_copies<kRingSteps - 1>();
 #pragma unroll
       for (int r = 0; r < kStepRows; ++r) {
@@ -200,8 +202,8 @@ DEVICE void produce_rows(const ForwardParams& p, const Share& units, int group, 
           }
           const uint32_t row = to[j] + (half * kStepRows + r) * G::kHaloRowBytes;
           store_shared(row, a.chunk());
-          if (!present(unit, j)) store_shared(row, make_uint4(0, 0, 0, 0));
-          if (FINISHES && present(unit, j)) {
+          if (!present(image_group, j)) store_shared(row, make_uint4(0, 0, 0, 0));
+          if (FINISHES && present(image_group, j)) {
             store_16_bytes(x + r * kRowBytes + distance(j, Stage<C>::kImageBytes), a.chunk());
           }
         }
@@ -226,12 +228,12 @@ DEVICE void finish_convolver(ChannelSums& sums, int convolver) {
 
 // Stride 1: TILES tiles of 16 pixels a row, rows rotating as conv_rows.cuh says.
 template <class T, class G, int C>
-DEVICE void convolve_rows(const ForwardParams& p, const Share& units, int group, int index,
+DEVICE void convolve_rows(const ForwardParams& p, const Share& image_groups, int group, int index,
                           uint32_t halo) {
   constexpr int kTiles = C == 16 ? 2 : G::kImages / Stage<C>::kImagesPerTile;
-  constexpr int kUnitBytes = G::kImages * Stage<C>::kImageBytes;
+  constexpr int kImageGroupBytes = G::kImages * Stage<C>::kImageBytes;
   WeightFragments<C / 16> weights;
-  weights.load(p.weight, index);
+  weights.load(p.fragments, index);
   wait_for_kernel_before();
   begin_forward<G, C>(p, halo, index);
 
@@ -245,8 +247,8 @@ DEVICE void convolve_rows(const ForwardParams& p, const Share& units, int group,
     return image_of(tile, half) * Stage<C>::kImageBytes + tile_pixel<C>(tile, half, 0) * C * 2;
   };
   char* out = static_cast<char*>(p.out) +
-              kept(units.start<G::kUnitStep>() * kUnitBytes + tile_pixel<C>(0, 0, lane) * C * 2 +
-                   index * 32 + (lane & 3) * 8);
+              kept(image_groups.start<G::kImageGroupStep>() * kImageGroupBytes +
+                   tile_pixel<C>(0, 0, lane) * C * 2 + index * 32 + (lane & 3) * 8);
   ChannelSums sums;
   int row_of_step = 0, ring_row = 0;
   auto fetch = [&]() -> uint32_t {
@@ -256,35 +258,35 @@ DEVICE void convolve_rows(const ForwardParams& p, const Share& units, int group,
     ring_row = (ring_row + 1) % (2 * G::kStepRows);
     return row;
   };
-  int out_unit = units.start<G::kUnitStep>(), out_y = 0;
+  int out_group = image_groups.start<G::kImageGroupStep>(), out_y = 0;
   auto write_row = [&](const Tile(&row)[kTiles], bool done) {
     if (!done) return;
 #pragma unroll
     for (int i = 0; i < kTiles * 2; ++i) {
-      const int image = out_unit * G::kImages + image_of(i / 2, i % 2);
+      const int image = out_group * G::kImages + image_of(i / 2, i % 2);
       write_half_tile<T>(row[i / 2], i % 2, out + distance(i / 2, i % 2),
-                         G::kImages == 1 || image < p.images, sums);
+                         G::kImages == 1 || image < p.batch, sums);
     }
     out += kRowBytes;
     if (++out_y == Stage<C>::kSize) {
-      out_y = 0, out_unit += G::kUnitStep;
-      out += G::kUnitStep * kUnitBytes - Stage<C>::kImageBytes;
+      out_y = 0, out_group += G::kImageGroupStep;
+      out += G::kImageGroupStep * kImageGroupBytes - Stage<C>::kImageBytes;
     }
   };
   RowConvolution<T, C, kTiles> convolution;
-  convolution.template stream<Stage<C>::kSize>(units.count(), fragments, weights, fetch,
+  convolution.template stream<Stage<C>::kSize>(image_groups.count(), fragments, weights, fetch,
                                                write_row);
   finish_convolver<G>(sums, group * G::kConvolvers + index);
 }
 
 // Stride 2: a step is the rows 2y and 2y + 1 of the input.
 template <class T, class G, int C>
-DEVICE void convolve_rows_stride_2(const ForwardParams& p, const Share& units, int group,
+DEVICE void convolve_rows_stride_2(const ForwardParams& p, const Share& image_groups, int group,
                                    int index, uint32_t halo) {
   constexpr int kOutSize = Stage<C>::kSize / 2;
   using Out = Stage<2 * C>;
   WeightFragments<C / 16> weights;
-  weights.load(p.weight, index);
+  weights.load(p.fragments, index);
   wait_for_kernel_before();
   begin_forward<G, C>(p, halo, index);
 
@@ -295,21 +297,21 @@ DEVICE void convolve_rows_stride_2(const ForwardParams& p, const Share& units, i
   ChannelSums sums;
   Tile here, below;
   uint32_t step = 0;
-  int unit = units.start<G::kUnitStep>();
-  for (int left = units.count(); left > 0; --left, unit += G::kUnitStep) {
+  int image_group = image_groups.start<G::kImageGroupStep>();
+  for (int left = image_groups.count(); left > 0; --left, image_group += G::kImageGroupStep) {
     here.clear();
 #pragma unroll 1
     for (int y = 0; y < kOutSize; ++y) {
       group_barrier<G::kGroupWarps>(group + 1);  // this step's rows are there
       below.clear();
       convolution.multiply(here, below, step, step + G::kHaloRowBytes, weights);
-      char* row = out + (unit * G::kImages * Out::kImageBytes + y * kRowBytes);
+      char* row = out + (image_group * G::kImages * Out::kImageBytes + y * kRowBytes);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int image = C == 16 ? 0 : half;
         const int distance = image * Out::kImageBytes + tile_pixel<2 * C>(0, half, 0) * C * 4;
         write_half_tile<T>(here, half, row + distance,
-                           G::kImages == 1 || unit * G::kImages + image < p.images, sums);
+                           G::kImages == 1 || image_group * G::kImages + image < p.batch, sums);
       }
       here = below;
       step ^= 2 * G::kHaloRowBytes;

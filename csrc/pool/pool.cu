@@ -33,12 +33,12 @@ struct Work {
 };
 
 template <class T, bool TOGETHER>
-__global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadForwardParams p) {
+__global__ void __launch_bounds__(kThreads, 2) pool_forward_kernel(PoolForwardParams p) {
   const int warp = thread_index() >> 5, lane = thread_index() & 31, chunk = lane & 7;
   const uint32_t start = shared_start();
   let_next_kernel_start();
   wait_for_kernel_before();
-  forward_coefficients<C, kThreads>(p.norm, static_cast<double>(p.images) * kPixels, start,
+  forward_coefficients<C, kThreads>(p.bn, static_cast<double>(p.batch) * kPixels, start,
                                     start + kScratchAt);
   block_barrier();  // coefficients are there
   float scale[8], shift[8];
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadForwardPa
   // option A: of [16, 16, 32], every second pixel; channels 16 .. 47 are its 0 .. 31
   const bool option_a = p.shortcut_kind == Shortcut::kOptionA;
   const bool adds = !option_a || (chunk >= 2 && chunk < 6);
-  const Work<TOGETHER> work(p.images, warp, lane);
+  const Work<TOGETHER> work(p.batch, warp, lane);
   for (int image = work.images.first; image < work.images.end; ++image) {
     float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 #pragma unroll 4
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadForwardPa
       const Pairs y(load_16_bytes(static_cast<const char*>(p.y) + at));
       const Pairs shortcut(adds ? load_16_bytes(static_cast<const char*>(p.shortcut) + from)
                                 : make_uint4(0, 0, 0, 0));
-      unsigned positive = 0;
+      unsigned bits = 0;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float low =
@@ -71,9 +71,9 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadForwardPa
             T::high(shortcut.v[k]);
         sum[2 * k] += relu(low);
         sum[2 * k + 1] += relu(high);
-        positive |= (low > 0 ? 1u : 0u) << (2 * k) | (high > 0 ? 2u : 0u) << (2 * k);
+        bits |= (low > 0 ? 1u : 0u) << (2 * k) | (high > 0 ? 2u : 0u) << (2 * k);
       }
-      store_byte(p.positive + (image * kPixels + pixel) * 8 + chunk, positive);
+      store_byte(p.mask + (image * kPixels + pixel) * 8 + chunk, bits);
     }
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
@@ -101,14 +101,14 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadForwardPa
 }
 
 template <class T, bool TOGETHER>
-__global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadBackwardParams p) {
+__global__ void __launch_bounds__(kThreads, 2) pool_backward_kernel(PoolBackwardParams p) {
   const int warp = thread_index() >> 5, lane = thread_index() & 31, chunk = lane & 7;
   let_next_kernel_start();
   wait_for_kernel_before();
   float first[8] = {0, 0, 0, 0, 0, 0, 0, 0}, second[8] = {0, 0, 0, 0, 0, 0, 0, 0}, mean[8];
 #pragma unroll
-  for (int k = 0; k < 8; ++k) mean[k] = load_float(p.saved + chunk * 8 + k);
-  const Work<TOGETHER> work(p.images, warp, lane);
+  for (int k = 0; k < 8; ++k) mean[k] = load_float(p.norm + chunk * 8 + k);
+  const Work<TOGETHER> work(p.batch, warp, lane);
   for (int image = work.images.first; image < work.images.end; ++image) {
     float gradient[8];
 #pragma unroll
@@ -127,12 +127,12 @@ __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadBackward
       const int pixel = work.first_pixel + 4 * i;
       const int at = image * Stage<C>::kImageBytes + pixel * 128 + chunk * 16;
       const Pairs y(load_16_bytes(static_cast<const char*>(p.y) + at));
-      const unsigned positive = load_byte(p.positive + (image * kPixels + pixel) * 8 + chunk);
+      const unsigned bits = load_byte(p.mask + (image * kPixels + pixel) * 8 + chunk);
       Pairs dz(make_uint4(0, 0, 0, 0));
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float low = positive >> (2 * k) & 1 ? gradient[2 * k] : 0;
-        const float high = positive >> (2 * k) & 2 ? gradient[2 * k + 1] : 0;
+        const float low = bits >> (2 * k) & 1 ? gradient[2 * k] : 0;
+        const float high = bits >> (2 * k) & 2 ? gradient[2 * k + 1] : 0;
         first[2 * k] += low;
         first[2 * k + 1] += high;
         second[2 * k] = fused_multiply_add(low, T::low(y.v[k]) - mean[2 * k], second[2 * k]);
@@ -168,37 +168,37 @@ __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadBackward
 
 }  // namespace
 
-int head_forward(const HeadForwardParams& p, Dtype dtype, int blocks, bool overlap, void* stream) {
-  if (p.images < 1 || p.images > 65535) return kBadImages;
+int pool_forward(const PoolForwardParams& p, Dtype dtype, int blocks, bool overlap, void* stream) {
+  if (p.batch < 1 || p.batch > 65535) return kBadImages;
   if (blocks < 1) return kBadBlocks;
   if (p.shortcut_kind == Shortcut::kNone) return kBadShortcut;
-  const ForwardNorm& n = p.norm;
-  if (p.y == nullptr || p.shortcut == nullptr || p.positive == nullptr || p.pooled == nullptr ||
+  const BatchNormForward& n = p.bn;
+  if (p.y == nullptr || p.shortcut == nullptr || p.mask == nullptr || p.pooled == nullptr ||
       n.sums == nullptr || n.weight == nullptr || n.bias == nullptr || n.running_mean == nullptr ||
-      n.running_var == nullptr || n.saved == nullptr) {
+      n.running_var == nullptr || n.norm == nullptr) {
     return kBadPointer;
   }
   const LaunchShape shape = {blocks, kThreads, kForwardBytes, overlap, stream};
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    return p.images <= blocks ? launch(head_forward_kernel<T, true>, p, shape)
-                              : launch(head_forward_kernel<T, false>, p, shape);
+    return p.batch <= blocks ? launch(pool_forward_kernel<T, true>, p, shape)
+                             : launch(pool_forward_kernel<T, false>, p, shape);
   });
 }
 
-int head_backward(const HeadBackwardParams& p, Dtype dtype, int blocks, bool overlap,
+int pool_backward(const PoolBackwardParams& p, Dtype dtype, int blocks, bool overlap,
                   void* stream) {
-  if (p.images < 1 || p.images > 65535) return kBadImages;
+  if (p.batch < 1 || p.batch > 65535) return kBadImages;
   if (blocks < 1) return kBadBlocks;
-  if (p.dpooled == nullptr || p.positive == nullptr || p.y == nullptr || p.saved == nullptr ||
+  if (p.dpooled == nullptr || p.mask == nullptr || p.y == nullptr || p.norm == nullptr ||
       p.dz == nullptr || p.dz_sums == nullptr) {
     return kBadPointer;
   }
   const LaunchShape shape = {blocks, kThreads, kBackwardBytes, overlap, stream};
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    return p.images <= blocks ? launch(head_backward_kernel<T, true>, p, shape)
-                              : launch(head_backward_kernel<T, false>, p, shape);
+    return p.batch <= blocks ? launch(pool_backward_kernel<T, true>, p, shape)
+                             : launch(pool_backward_kernel<T, false>, p, shape);
   });
 }
 

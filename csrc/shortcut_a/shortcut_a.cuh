@@ -3,8 +3,8 @@
 // other.
 //
 // An activation is channels-last: N images, each a row-major [pixels, channels] array. It is moved
-// in units: 16 bytes where all channel counts and addresses allow, else one element. Channels and
-// offsets inside an image are counted in units and fit in 31 bits; offsets between images in 64.
+// in chunks: 16 bytes where all channel counts and addresses allow, else one element. Channels and
+// offsets inside an image are counted in chunks and fit in 31 bits; offsets between images in 64.
 #pragma once
 
 #include <cstddef>
@@ -46,15 +46,15 @@ struct ShortcutA {
   uint32_t stride_log2;                                 // 0 or 1
   uint32_t W, Wo;                                       // pixels a row
   uint32_t x_pixels, out_pixels;                        // an image
-  uint32_t x_channels, out_channels, leading_channels;  // C, K and the zeros in front, in units
+  uint32_t x_channels, out_channels, leading_channels;  // C, K and the zeros in front, in chunks
   Divisor by_W, by_Wo, by_x_channels, by_out_channels;
 
-  HOST_DEVICE uint32_t x_units() const { return x_pixels * x_channels; }
-  HOST_DEVICE uint32_t out_units() const { return out_pixels * out_channels; }
+  HOST_DEVICE uint32_t x_chunks() const { return x_pixels * x_channels; }
+  HOST_DEVICE uint32_t out_chunks() const { return out_pixels * out_channels; }
 };
 
 inline ShortcutA make_shortcut_a(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K,
-                                 int64_t stride, int64_t elements_per_unit) {
+                                 int64_t stride, int64_t elements_per_chunk) {
   const int64_t Ho = (H + stride - 1) / stride, Wo = (W + stride - 1) / stride;
   ShortcutA s;
   s.N = N;
@@ -63,8 +63,8 @@ inline ShortcutA make_shortcut_a(int64_t N, int64_t H, int64_t W, int64_t C, int
   s.Wo = static_cast<uint32_t>(Wo);
   s.x_pixels = static_cast<uint32_t>(H * W);
   s.out_pixels = static_cast<uint32_t>(Ho * Wo);
-  s.x_channels = static_cast<uint32_t>(C / elements_per_unit);
-  s.out_channels = static_cast<uint32_t>(K / elements_per_unit);
+  s.x_channels = static_cast<uint32_t>(C / elements_per_chunk);
+  s.out_channels = static_cast<uint32_t>(K / elements_per_chunk);
   s.leading_channels = (s.out_channels - s.x_channels) / 2;
   s.by_W = Divisor(s.W);
   s.by_Wo = Divisor(s.Wo);
@@ -75,30 +75,31 @@ inline ShortcutA make_shortcut_a(int64_t N, int64_t H, int64_t W, int64_t C, int
 
 constexpr uint32_t NOWHERE = 0xffffffffu;
 
-// Forward: which unit of x's image the unit of the shortcut's image repeats, NOWHERE where zero.
-HOST_DEVICE uint32_t unit_in_x(const ShortcutA& s, uint32_t out_unit) {
-  const uint32_t pixel = s.by_out_channels.quotient(out_unit);
+// Forward: which chunk of x's image the chunk of the shortcut's image repeats, NOWHERE where zero.
+HOST_DEVICE uint32_t chunk_in_x(const ShortcutA& s, uint32_t out_chunk) {
+  const uint32_t pixel = s.by_out_channels.quotient(out_chunk);
   // a new channel in front wraps round to a large number and fails the same comparison
-  const uint32_t channel = out_unit - pixel * s.out_channels - s.leading_channels;
+  const uint32_t channel = out_chunk - pixel * s.out_channels - s.leading_channels;
   if (channel >= s.x_channels) return NOWHERE;
   const uint32_t ho = s.by_Wo.quotient(pixel), wo = pixel - ho * s.Wo;
   const uint32_t x_pixel = (ho << s.stride_log2) * s.W + (wo << s.stride_log2);
   return x_pixel * s.x_channels + channel;
 }
 
-// Backward: which unit of the shortcut's image repeats the unit of x's image, NOWHERE where none.
-HOST_DEVICE uint32_t unit_in_out(const ShortcutA& s, uint32_t x_unit) {
-  const uint32_t pixel = s.by_x_channels.quotient(x_unit);
-  const uint32_t channel = x_unit - pixel * s.x_channels + s.leading_channels;
+// Backward: which chunk of the shortcut's image repeats the chunk of x's image, NOWHERE where
+// none.
+HOST_DEVICE uint32_t chunk_in_out(const ShortcutA& s, uint32_t x_chunk) {
+  const uint32_t pixel = s.by_x_channels.quotient(x_chunk);
+  const uint32_t channel = x_chunk - pixel * s.x_channels + s.leading_channels;
   const uint32_t h = s.by_W.quotient(pixel), w = pixel - h * s.W;
   if ((h | w) & s.stride_log2) return NOWHERE;  // stride 2: an odd row or column
   const uint32_t out_pixel = (h >> s.stride_log2) * s.Wo + (w >> s.stride_log2);
   return out_pixel * s.out_channels + channel;
 }
 
-// out = shortcut_a(x), or with `backward` dx from dout: a gather in both directions, every unit of
-// the result written once. unit_bytes: 2, 4, 8 or 16. Returns a cudaError_t.
-int launch_shortcut_a(const ShortcutA& shape, bool backward, size_t unit_bytes, const void* from,
+// out = shortcut_a(x), or with `backward` dx from dout: a gather in both directions, every chunk
+// of the result written once. chunk_bytes: 2, 4, 8 or 16. Returns a cudaError_t.
+int launch_shortcut_a(const ShortcutA& shape, bool backward, size_t chunk_bytes, const void* from,
                       void* to, void* stream);
 
 }  // namespace cifar_resnet_fast

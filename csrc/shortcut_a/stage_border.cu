@@ -20,7 +20,7 @@ using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // V elements that are loaded and stored at once.
 template <typename T, int V>
-struct alignas(sizeof(T) * V) Unit {
+struct alignas(sizeof(T) * V) Chunk {
   T element[V];
 };
 
@@ -53,41 +53,42 @@ __device__ void load_vector(const Real* vector, Real (&value)[V]) {
   constexpr int WIDTH = V == 1 ? 1 : 16 / sizeof(Real);
 #pragma unroll
   for (int i = 0; i < V; i += WIDTH) {
-    const auto loaded = *reinterpret_cast<const Unit<Real, WIDTH>*>(vector + i);
+    const auto loaded = *reinterpret_cast<const Chunk<Real, WIDTH>*>(vector + i);
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) value[i + j] = loaded.element[j];
   }
 }
 
-// out = relu(scale * y + shift + shortcut). A thread owns a unit of out; grid x: units of an
+// out = relu(scale * y + shift + shortcut). A thread owns a chunk of out; grid x: chunks of an
 // image, grid y: images.
 template <typename T, int V>
 __global__ void __launch_bounds__(THREADS) stage_border_forward_kernel(StageBorderForward p) {
   using Real = RealOf<T>;
-  using Unit = Unit<T, V>;
+  using Chunk = Chunk<T, V>;
   const ShortcutA& shape = p.shape;
   const uint32_t u = blockIdx.x * THREADS + threadIdx.x;
-  if (u >= shape.out_units()) return;
+  if (u >= shape.out_chunks()) return;
   const uint32_t channel = u - shape.by_out_channels.quotient(u) * shape.out_channels;
-  const uint32_t source = unit_in_x(shape, u);
+  const uint32_t source = chunk_in_x(shape, u);
   Real scale[V], shift[V];
   load_vector<V>(static_cast<const Real*>(p.scale) + channel * V, scale);
   load_vector<V>(static_cast<const Real*>(p.shift) + channel * V, shift);
   for (int64_t n = blockIdx.y; n < shape.N; n += gridDim.y) {
-    const Unit y = static_cast<const Unit*>(p.y)[n * shape.out_units() + u];
-    Unit shortcut{};
-    if (source != NOWHERE) shortcut = static_cast<const Unit*>(p.x)[n * shape.x_units() + source];
-    Unit out;
+    const Chunk y = static_cast<const Chunk*>(p.y)[n * shape.out_chunks() + u];
+    Chunk shortcut{};
+    if (source != NOWHERE)
+      shortcut = static_cast<const Chunk*>(p.x)[n * shape.x_chunks() + source];
+    Chunk out;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       out.element[i] = round_to<T>(stage_border_value(
           scale[i], to_real<Real>(y.element[i]), shift[i], to_real<Real>(shortcut.element[i])));
     }
-    static_cast<Unit*>(p.out)[n * shape.out_units() + u] = out;
+    static_cast<Chunk*>(p.out)[n * shape.out_chunks() + u] = out;
   }
 }
 
-// A group of up to 32 units of channels side by side; the block's threads stand in rows of one
+// A group of up to 32 chunks of channels side by side; the block's threads stand in rows of one
 // group, a row a pixel.
 constexpr uint32_t MAX_GROUP = 32;
 
@@ -96,13 +97,13 @@ constexpr uint32_t MAX_GROUP = 32;
 template <typename T, int V>
 __global__ void __launch_bounds__(THREADS, 4) stage_border_backward_kernel(StageBorderBackward p) {
   using Real = RealOf<T>;
-  using Unit = Unit<T, V>;
+  using Chunk = Chunk<T, V>;
   const ShortcutA& shape = p.shape;
-  const auto* dout = static_cast<const Unit*>(p.dout);
-  const auto* out = static_cast<const Unit*>(p.out);
-  const auto* y = static_cast<const Unit*>(p.y);
-  auto* dy = static_cast<Unit*>(p.dy);
-  auto* dx = static_cast<Unit*>(p.dx);
+  const auto* dout = static_cast<const Chunk*>(p.dout);
+  const auto* out = static_cast<const Chunk*>(p.out);
+  const auto* y = static_cast<const Chunk*>(p.y);
+  auto* dy = static_cast<Chunk*>(p.dy);
+  auto* dx = static_cast<Chunk*>(p.dx);
 
   const uint32_t group = min(shape.out_channels, MAX_GROUP), rows = THREADS / group;
   const uint32_t lane = threadIdx.x % group, row = threadIdx.x / group;
@@ -120,12 +121,12 @@ __global__ void __launch_bounds__(THREADS, 4) stage_border_backward_kernel(Stage
     Real scale[V] = {}, sum_dz_y[V] = {}, sum_dz[V] = {};
     if (working) load_vector<V>(static_cast<const Real*>(p.scale) + channel * V, scale);
     for (int64_t n = blockIdx.x; working && n < shape.N; n += gridDim.x) {
-      const int64_t image = n * shape.out_units();
+      const int64_t image = n * shape.out_chunks();
       for (uint32_t pixel = blockIdx.y * rows + row; pixel < shape.out_pixels;
            pixel += gridDim.y * rows) {
         const int64_t u = image + pixel * shape.out_channels + channel;
-        const Unit dout_u = dout[u], out_u = out[u], y_u = y[u];
-        Unit dy_u;
+        const Chunk dout_u = dout[u], out_u = out[u], y_u = y[u];
+        Chunk dy_u;
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const Real dz =
@@ -155,20 +156,20 @@ __global__ void __launch_bounds__(THREADS, 4) stage_border_backward_kernel(Stage
 
   // 2. dx, from the dout and out that part 1 has just brought into the cache.
   for (int64_t n = blockIdx.x; n < shape.N; n += gridDim.x) {
-    for (uint32_t u = blockIdx.y * THREADS + threadIdx.x; u < shape.x_units();
+    for (uint32_t u = blockIdx.y * THREADS + threadIdx.x; u < shape.x_chunks();
          u += gridDim.y * THREADS) {
-      const uint32_t source = unit_in_out(shape, u);
-      Unit dx_u{};
+      const uint32_t source = chunk_in_out(shape, u);
+      Chunk dx_u{};
       if (source != NOWHERE) {
-        const int64_t s = n * shape.out_units() + source;
-        const Unit dout_s = dout[s], out_s = out[s];
+        const int64_t s = n * shape.out_chunks() + source;
+        const Chunk dout_s = dout[s], out_s = out[s];
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           dx_u.element[i] = round_to<T>(
               stage_border_dz(to_real<Real>(dout_s.element[i]), to_real<Real>(out_s.element[i])));
         }
       }
-      dx[n * shape.x_units() + u] = dx_u;
+      dx[n * shape.x_chunks() + u] = dx_u;
     }
   }
 }
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(COLUMNS* STRIPES)
 
 template <typename T, int V>
 int launch(const StageBorderForward& p, cudaStream_t stream) {
-  const dim3 grid((p.shape.out_units() + THREADS - 1) / THREADS,
+  const dim3 grid((p.shape.out_chunks() + THREADS - 1) / THREADS,
                   static_cast<unsigned>(std::min<int64_t>(p.shape.N, 65535)));
   stage_border_forward_kernel<T, V><<<grid, THREADS, 0, stream>>>(p);
   return cudaGetLastError();
@@ -220,23 +221,23 @@ int launch(const StageBorderBackward& p, cudaStream_t stream) {
 }
 
 template <typename T, typename Params>
-int launch(const Params& p, size_t unit_bytes, void* stream) {
+int launch(const Params& p, size_t chunk_bytes, void* stream) {
   constexpr int WIDE = 16 / sizeof(T);
   const auto s = static_cast<cudaStream_t>(stream);
-  return unit_bytes == 16 ? launch<T, WIDE>(p, s) : launch<T, 1>(p, s);
+  return chunk_bytes == 16 ? launch<T, WIDE>(p, s) : launch<T, 1>(p, s);
 }
 
 template <typename Params>
-int launch(const Params& p, ElementType type, size_t unit_bytes, void* stream) {
+int launch(const Params& p, ElementType type, size_t chunk_bytes, void* stream) {
   switch (type) {
     case ElementType::float16:
-      return launch<__half>(p, unit_bytes, stream);
+      return launch<__half>(p, chunk_bytes, stream);
     case ElementType::bfloat16:
-      return launch<__nv_bfloat16>(p, unit_bytes, stream);
+      return launch<__nv_bfloat16>(p, chunk_bytes, stream);
     case ElementType::float32:
-      return launch<float>(p, unit_bytes, stream);
+      return launch<float>(p, chunk_bytes, stream);
     case ElementType::float64:
-      return launch<double>(p, unit_bytes, stream);
+      return launch<double>(p, chunk_bytes, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -249,14 +250,14 @@ BlockGrid stage_border_grid(const ShortcutA& shape) {
   return {static_cast<uint32_t>(std::min<int64_t>(shape.N, 256)), std::min(parts, 4u)};
 }
 
-int launch_stage_border_forward(const StageBorderForward& p, ElementType type, size_t unit_bytes,
+int launch_stage_border_forward(const StageBorderForward& p, ElementType type, size_t chunk_bytes,
                                 void* stream) {
-  return launch(p, type, unit_bytes, stream);
+  return launch(p, type, chunk_bytes, stream);
 }
 
-int launch_stage_border_backward(const StageBorderBackward& p, ElementType type, size_t unit_bytes,
-                                 void* stream) {
-  return launch(p, type, unit_bytes, stream);
+int launch_stage_border_backward(const StageBorderBackward& p, ElementType type,
+                                 size_t chunk_bytes, void* stream) {
+  return launch(p, type, chunk_bytes, stream);
 }
 
 }  // namespace cifar_resnet_fast

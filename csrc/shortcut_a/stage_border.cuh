@@ -46,11 +46,11 @@ HOST_DEVICE Real stage_border_dz(Real dout, Real out) {
   return out <= Real(0) ? Real(0) : dout;
 }
 
-// Both return a cudaError_t; unit_bytes is 16 or the dtype's size.
-int launch_stage_border_forward(const StageBorderForward& p, ElementType type, size_t unit_bytes,
+// Both return a cudaError_t; chunk_bytes is 16 or the dtype's size.
+int launch_stage_border_forward(const StageBorderForward& p, ElementType type, size_t chunk_bytes,
                                 void* stream);
-int launch_stage_border_backward(const StageBorderBackward& p, ElementType type, size_t unit_bytes,
-                                 void* stream);
+int launch_stage_border_backward(const StageBorderBackward& p, ElementType type,
+                                 size_t chunk_bytes, void* stream);
 
 // The backward's grid: some images by some parts of an image. It depends on the shape alone, so
 // the order of the sums, and with it every bit of them, is the same on every card.

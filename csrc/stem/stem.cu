@@ -1,9 +1,9 @@
 // The stem's forward convolution and weight gradient.
 //
-// A pixel of a picture has 4 channels, 8 bytes, so that the 3 pixels under a row of taps, and a
+// A pixel of a image has 4 channels, 8 bytes, so that the 3 pixels under a row of taps, and a
 // fourth that is taken for zero, make the 16 "input channels" 4 kx + c of one mma step: the 3x3
 // convolution becomes three products, one for each ky. A warp works alone, on strips of 8 rows of
-// a picture.
+// a image.
 #include "common/conv_rows.cuh"
 #include "common/launch.cuh"
 #include "common/norm.cuh"
@@ -14,15 +14,15 @@
 namespace cifar_resnet_fast {
 namespace {
 
-constexpr int kSize = 32, kPictureRowBytes = kSize * 8, kPictureBytes = kSize * kPictureRowBytes;
-constexpr int kStripRows = 8, kStrips = kSize / kStripRows;  // of a picture
+constexpr int kSize = 32, kInputRowBytes = kSize * 8, kInputBytes = kSize * kInputRowBytes;
+constexpr int kStripRows = 8, kStrips = kSize / kStripRows;  // of a image
 constexpr int kWarps = 8, kThreads = kWarps * 32;
 
 // ---- forward ----
 
 // The pixels of one input row as two tiles of 16 outputs see them, straight from global memory: of
 // output pixel x, lane (g, t) has the channels 2t, 2t + 1 and 2t + 8, 2t + 9 of those 16.
-struct PictureRow {
+struct InputRow {
   uint32_t pixels[2][4];
 
   DEVICE void load(const char* row, bool inside) {
@@ -44,12 +44,12 @@ __global__ void __launch_bounds__(kThreads, 2) stem_forward_kernel(StemForwardPa
   uint4 weights[3];
 #pragma unroll
   for (int ky = 0; ky < 3; ++ky) {
-    weights[ky] = load_16_bytes_constant(static_cast<const uint4*>(p.weight) + ky * 32 + lane);
+    weights[ky] = load_16_bytes_constant(static_cast<const uint4*>(p.fragments) + ky * 32 + lane);
   }
   let_next_kernel_start();
   wait_for_kernel_before();
 
-  const Share strips(p.images * kStrips, block_index() * kWarps + warp, block_count() * kWarps);
+  const Share strips(p.batch * kStrips, block_index() * kWarps + warp, block_count() * kWarps);
   ChannelSums sums;
   float bias[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -58,16 +58,16 @@ __global__ void __launch_bounds__(kThreads, 2) stem_forward_kernel(StemForwardPa
   }
   for (int strip = strips.first; strip < strips.end; ++strip) {
     const int first_y = strip % kStrips * kStripRows;
-    const char* picture = static_cast<const char*>(p.pictures) + strip / kStrips * kPictureBytes;
+    const char* image = static_cast<const char*>(p.images) + strip / kStrips * kInputBytes;
     char* out = static_cast<char*>(p.y) + strip / kStrips * Stage<16>::kImageBytes;
-    auto load = [&](PictureRow& row, int y) {
-      row.load(picture + y * kPictureRowBytes, y >= 0 && y < kSize && y <= first_y + kStripRows);
+    auto load = [&](InputRow& row, int y) {
+      row.load(image + y * kInputRowBytes, y >= 0 && y < kSize && y <= first_y + kStripRows);
     };
     // input row y adds to the output rows above, here and below, as in conv_rows.cuh
     Tile rows[3][2];
 #pragma unroll
     for (int i = 0; i < 6; ++i) rows[i / 2][i % 2].clear();
-    PictureRow input, next;
+    InputRow input, next;
     load(input, first_y - 1);
     for (int first = 0; first < kStripRows + 2; first += 3) {
 #pragma unroll
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2) stem_forward_kernel(StemForwardPa
 // whose pixels has the 16 channels that the forward product sees.
 using WorkRow = HaloRow<16, kSize>;
 constexpr int kRing = 4;
-constexpr int kRawBytes = 2 * kRowBytes + kPictureRowBytes;  // dz, y, picture
+constexpr int kRawBytes = 2 * kRowBytes + kInputRowBytes;  // dz, y, image
 constexpr int kDyAt = kRing * kRawBytes, kAAt = kDyAt + WorkRow::kImageBytes;
 constexpr int kWarpBytes = kAAt + WorkRow::kImageBytes;
 constexpr int kWarpsAt = 256;  // behind the coefficients A, B, C
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(kThreads, 1) stem_backward_kernel(StemBackward
   let_next_kernel_start();
   wait_for_kernel_before();
 
-  // a lane has chunks `lane` and `lane + 32` of a row of dz and y, and pixel `lane` of the picture
-  const Share strips(p.images * kStrips, block_index() * kWarps + warp, block_count() * kWarps);
+  // a lane has chunks `lane` and `lane + 32` of a row of dz and y, and pixel `lane` of the image
+  const Share strips(p.batch * kStrips, block_index() * kWarps + warp, block_count() * kWarps);
   int load_strip = strips.first, load_step = 0, load_slot = 0;
   auto load = [&] {
     if (load_strip < strips.end) {
@@ -169,10 +169,10 @@ __global__ void __launch_bounds__(kThreads, 1) stem_backward_kernel(StemBackward
         copy_16_bytes_async(to + kRowBytes + (j * 32 + lane) * 16,
                             static_cast<const char*>(p.y) + from, has_dy);
       }
-      copy_8_bytes_async(to + 2 * kRowBytes + lane * 8,
-                         static_cast<const char*>(p.pictures) + image * kPictureBytes +
-                             y * kPictureRowBytes + lane * 8,
-                         has_a);
+      copy_8_bytes_async(
+          to + 2 * kRowBytes + lane * 8,
+          static_cast<const char*>(p.images) + image * kInputBytes + y * kInputRowBytes + lane * 8,
+          has_a);
       if (++load_step == kSteps) load_step = 0, ++load_strip;
     }
     commit_copies();
@@ -182,9 +182,9 @@ __global__ void __launch_bounds__(kThreads, 1) stem_backward_kernel(StemBackward
   for (int i = 0; i < kRing; ++i) load();
 
   const uint32_t start = shared_start();
-  backward_coefficients<16, kThreads>(p.norm, static_cast<double>(p.images) * kSize * kSize, start,
+  backward_coefficients<16, kThreads>(p.bn, static_cast<double>(p.batch) * kSize * kSize, start,
                                       start + kScratchAt);
-  // the pixels that no picture has, and the fourth under each row of taps, stay zero
+  // the pixels that no image has, and the fourth under each row of taps, stay zero
   for (int i = lane * 16; i < WorkRow::kImageBytes; i += 512) {
     store_shared(mine + kAAt + i, make_uint4(0, 0, 0, 0));
   }
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1) stem_backward_kernel(StemBackward
                          v.chunk());
           }
           uint2 pixel = load_shared_8_bytes(raw + 2 * kRowBytes + lane * 8);
-          pixel.y &= 0x0000ffffu;  // the fourth channel is none of the picture's
+          pixel.y &= 0x0000ffffu;  // the fourth channel is none of the image's
 #pragma unroll
           for (int kx = 0; kx < 3; ++kx) {  // under tap kx of output pixel x
             const int x = lane + 1 - kx;
@@ -311,9 +311,9 @@ __global__ void __launch_bounds__(kThreads) sum_slabs_kernel(SlabSum slabs) {
 }  // namespace
 
 int stem_forward(const StemForwardParams& p, Dtype dtype, int blocks, bool overlap, void* stream) {
-  if (p.images < 1 || p.images > 65535) return kBadImages;
+  if (p.batch < 1 || p.batch > 65535) return kBadImages;
   if (blocks < 1) return kBadBlocks;
-  if (p.pictures == nullptr || p.weight == nullptr || p.y == nullptr ||
+  if (p.images == nullptr || p.fragments == nullptr || p.y == nullptr ||
       (p.bias == nullptr && p.y_sums == nullptr)) {
     return kBadPointer;
   }
@@ -327,11 +327,11 @@ int stem_forward(const StemForwardParams& p, Dtype dtype, int blocks, bool overl
 
 int stem_backward(const StemBackwardParams& p, Dtype dtype, int blocks, bool overlap,
                   void* stream) {
-  if (p.images < 1 || p.images > 65535) return kBadImages;
+  if (p.batch < 1 || p.batch > 65535) return kBadImages;
   if (blocks < 1) return kBadBlocks;
-  const BackwardNorm& n = p.norm;
-  if (p.dz == nullptr || p.y == nullptr || p.pictures == nullptr || p.slabs == nullptr ||
-      n.sums == nullptr || n.weight == nullptr || n.saved == nullptr || n.dweight == nullptr ||
+  const BatchNormBackward& n = p.bn;
+  if (p.dz == nullptr || p.y == nullptr || p.images == nullptr || p.slabs == nullptr ||
+      n.sums == nullptr || n.weight == nullptr || n.norm == nullptr || n.dweight == nullptr ||
       n.dbias == nullptr || (p.before.slabs != nullptr && p.before.dweight == nullptr)) {
     return kBadPointer;
   }

@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(kThreads) prepare_weights_kernel(WeightParams<
   const LayerWeights layer = whole(p.layers[block_index() / kBlocksPerLayer]);
   const bool stem = layer.C == 3, folds = FOLDS && layer.bn_weight != nullptr;
   // 16 bytes a direction, and both together
-  const int pieces = stem ? 3 * 32 : layer.K * layer.C * 9 / 8;
-  const int all = layer.backward == nullptr ? pieces : 2 * pieces;
+  const int chunks = stem ? 3 * 32 : layer.K * layer.C * 9 / 8;
+  const int all = layer.backward == nullptr ? chunks : 2 * chunks;
   const int block = block_index() % kBlocksPerLayer;
   if (block * kThreads >= all) return;
   // the folded scales, in shared memory
@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(kThreads) prepare_weights_kernel(WeightParams<
     }
   }
   if (folds) block_barrier();  // the scales are there
-  for (int piece = block * kThreads + thread_index(); piece < all;
-       piece += kBlocksPerLayer * kThreads) {
-    const bool forward = piece < pieces;
-    const int i = forward ? piece : piece - pieces;
+  for (int chunk = block * kThreads + thread_index(); chunk < all;
+       chunk += kBlocksPerLayer * kThreads) {
+    const bool forward = chunk < chunks;
+    const int i = forward ? chunk : chunk - chunks;
     const int taps = stem ? 3 : 9, steps = stem ? 1 : (forward ? layer.C : layer.K) / 16;
     const int lane = i % 32, s = i / 32 % steps, tap = i / 32 / steps % taps;
     const int h = i / 32 / steps / taps, g = lane >> 2, t = lane & 3;

@@ -41,21 +41,21 @@ constexpr const char* type_name() {
 
 // inner structures first
 const Field kFields[] = {
-    FIELD(ForwardNorm, sums),
-    FIELD(ForwardNorm, rows),
-    FIELD(ForwardNorm, weight),
-    FIELD(ForwardNorm, bias),
-    FIELD(ForwardNorm, running_mean),
-    FIELD(ForwardNorm, running_var),
-    FIELD(ForwardNorm, saved),
-    FIELD(ForwardNorm, momentum),
-    FIELD(ForwardNorm, eps),
-    FIELD(BackwardNorm, sums),
-    FIELD(BackwardNorm, rows),
-    FIELD(BackwardNorm, weight),
-    FIELD(BackwardNorm, saved),
-    FIELD(BackwardNorm, dweight),
-    FIELD(BackwardNorm, dbias),
+    FIELD(BatchNormForward, sums),
+    FIELD(BatchNormForward, rows),
+    FIELD(BatchNormForward, weight),
+    FIELD(BatchNormForward, bias),
+    FIELD(BatchNormForward, running_mean),
+    FIELD(BatchNormForward, running_var),
+    FIELD(BatchNormForward, norm),
+    FIELD(BatchNormForward, momentum),
+    FIELD(BatchNormForward, eps),
+    FIELD(BatchNormBackward, sums),
+    FIELD(BatchNormBackward, rows),
+    FIELD(BatchNormBackward, weight),
+    FIELD(BatchNormBackward, norm),
+    FIELD(BatchNormBackward, dweight),
+    FIELD(BatchNormBackward, dbias),
     FIELD(SlabSum, slabs),
     FIELD(SlabSum, count),
     FIELD(SlabSum, C),
@@ -64,61 +64,61 @@ const Field kFields[] = {
     FIELD(SlabSum, dweight),
     FIELD(SlabSum, layout),
     FIELD(ForwardParams, y),
-    STRUCT(ForwardParams, norm, ForwardNorm),
+    STRUCT(ForwardParams, bn, BatchNormForward),
     FIELD(ForwardParams, shortcut),
     FIELD(ForwardParams, shortcut_kind),
     FIELD(ForwardParams, x),
-    FIELD(ForwardParams, weight),
+    FIELD(ForwardParams, fragments),
     FIELD(ForwardParams, out),
     FIELD(ForwardParams, out_sums),
-    FIELD(ForwardParams, images),
+    FIELD(ForwardParams, batch),
     FIELD(EvaluateParams, x),
-    FIELD(EvaluateParams, weight),
+    FIELD(EvaluateParams, fragments),
     FIELD(EvaluateParams, bias),
     FIELD(EvaluateParams, shortcut),
     FIELD(EvaluateParams, shortcut_kind),
     FIELD(EvaluateParams, out),
-    FIELD(EvaluateParams, images),
+    FIELD(EvaluateParams, batch),
     FIELD(BackwardParams, dz),
     FIELD(BackwardParams, y),
-    STRUCT(BackwardParams, norm, BackwardNorm),
+    STRUCT(BackwardParams, bn, BatchNormBackward),
     FIELD(BackwardParams, input),
     FIELD(BackwardParams, residual),
     FIELD(BackwardParams, y_before),
-    FIELD(BackwardParams, saved_before),
-    FIELD(BackwardParams, weight),
+    FIELD(BackwardParams, norm_before),
+    FIELD(BackwardParams, fragments),
     FIELD(BackwardParams, out),
     FIELD(BackwardParams, out_sums),
     FIELD(BackwardParams, slabs),
     STRUCT(BackwardParams, before, SlabSum),
-    FIELD(BackwardParams, images),
-    FIELD(StemForwardParams, pictures),
-    FIELD(StemForwardParams, weight),
+    FIELD(BackwardParams, batch),
+    FIELD(StemForwardParams, images),
+    FIELD(StemForwardParams, fragments),
     FIELD(StemForwardParams, bias),
     FIELD(StemForwardParams, y),
     FIELD(StemForwardParams, y_sums),
-    FIELD(StemForwardParams, images),
+    FIELD(StemForwardParams, batch),
     FIELD(StemBackwardParams, dz),
     FIELD(StemBackwardParams, y),
-    STRUCT(StemBackwardParams, norm, BackwardNorm),
-    FIELD(StemBackwardParams, pictures),
+    STRUCT(StemBackwardParams, bn, BatchNormBackward),
+    FIELD(StemBackwardParams, images),
     FIELD(StemBackwardParams, slabs),
     STRUCT(StemBackwardParams, before, SlabSum),
-    FIELD(StemBackwardParams, images),
-    FIELD(HeadForwardParams, y),
-    STRUCT(HeadForwardParams, norm, ForwardNorm),
-    FIELD(HeadForwardParams, shortcut),
-    FIELD(HeadForwardParams, shortcut_kind),
-    FIELD(HeadForwardParams, positive),
-    FIELD(HeadForwardParams, pooled),
-    FIELD(HeadForwardParams, images),
-    FIELD(HeadBackwardParams, dpooled),
-    FIELD(HeadBackwardParams, positive),
-    FIELD(HeadBackwardParams, y),
-    FIELD(HeadBackwardParams, saved),
-    FIELD(HeadBackwardParams, dz),
-    FIELD(HeadBackwardParams, dz_sums),
-    FIELD(HeadBackwardParams, images),
+    FIELD(StemBackwardParams, batch),
+    FIELD(PoolForwardParams, y),
+    STRUCT(PoolForwardParams, bn, BatchNormForward),
+    FIELD(PoolForwardParams, shortcut),
+    FIELD(PoolForwardParams, shortcut_kind),
+    FIELD(PoolForwardParams, mask),
+    FIELD(PoolForwardParams, pooled),
+    FIELD(PoolForwardParams, batch),
+    FIELD(PoolBackwardParams, dpooled),
+    FIELD(PoolBackwardParams, mask),
+    FIELD(PoolBackwardParams, y),
+    FIELD(PoolBackwardParams, norm),
+    FIELD(PoolBackwardParams, dz),
+    FIELD(PoolBackwardParams, dz_sums),
+    FIELD(PoolBackwardParams, batch),
     FIELD(LayerWeights, weight),
     FIELD(LayerWeights, forward),
     FIELD(LayerWeights, backward),
@@ -187,8 +187,8 @@ int emulated_conv3x3_evaluate(const EvaluateParams* p, int dtype, int channels, 
                             nullptr);
   });
 }
-int emulated_conv3x3_backward_rows(int channels, int stride, int blocks, int images) {
-  return conv3x3_backward_rows(channels, stride, blocks, images);
+int emulated_conv3x3_backward_rows(int channels, int stride, int blocks, int batch) {
+  return conv3x3_backward_rows(channels, stride, blocks, batch);
 }
 int emulated_stem_forward(const StemForwardParams* p, int dtype, int blocks) {
   return guarded(
@@ -198,13 +198,13 @@ int emulated_stem_backward(const StemBackwardParams* p, int dtype, int blocks) {
   return guarded(
       [&] { return stem_backward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
 }
-int emulated_head_forward(const HeadForwardParams* p, int dtype, int blocks) {
+int emulated_pool_forward(const PoolForwardParams* p, int dtype, int blocks) {
   return guarded(
-      [&] { return head_forward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
+      [&] { return pool_forward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
 }
-int emulated_head_backward(const HeadBackwardParams* p, int dtype, int blocks) {
+int emulated_pool_backward(const PoolBackwardParams* p, int dtype, int blocks) {
   return guarded(
-      [&] { return head_backward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
+      [&] { return pool_backward(*p, static_cast<Dtype>(dtype), blocks, true, nullptr); });
 }
 int emulated_sum_slabs(const SlabSum* slabs, int, int blocks) {
   return guarded([&] { return sum_slabs(*slabs, blocks, true, nullptr); });

@@ -31,7 +31,7 @@ from cifar_resnet_fast.verification.budget import assert_within_budget
         pytest.param("option_a", 3, 3, "last_warp_first", id="one-image-a-block-stage-3"),
     ],
 )
-def test_head(kernels, kind, N, blocks, order, dtype):
+def test_pool(kernels, kind, N, blocks, order, dtype):
     generator = torch.Generator().manual_seed(N)
     C = 64
     y = image(generator, N, C, dtype)
@@ -40,44 +40,44 @@ def test_head(kernels, kind, N, blocks, order, dtype):
     dpooled = torch.randn(N, C, generator=generator)
     norm = norm_params(C, generator)
     running = {name: norm[name].clone() for name in ("running_mean", "running_var")}
-    positive = torch.full((N, 8, 8, 8), 0xAA, dtype=torch.uint8)
+    mask = torch.full((N, 8, 8, 8), 0xAA, dtype=torch.uint8)
     pooled, saved = poisoned(N, C), poisoned(4, C)
     kernels.set_order(order)
     params = kernels.params(
-        "HeadForwardParams",
+        "PoolForwardParams",
         y=flat(y),
-        norm={
+        bn={
             "sums": partial_sums(y, y, 7),
             "rows": 7,
             "weight": norm["weight"],
             "bias": norm["bias"],
             **running,
-            "saved": saved,
+            "norm": saved,
             "momentum": MOMENTUM,
             "eps": EPS,
         },
         shortcut=flat(shortcut),
         shortcut_kind=emulation.SHORTCUTS.index(kind),
-        positive=positive,
+        mask=mask,
         pooled=pooled,
-        images=N,
+        batch=N,
     )
-    assert kernels.call("head_forward", params, dtype, blocks) == 0
+    assert kernels.call("pool_forward", params, dtype, blocks) == 0
     dz, sums = poisoned_image(N, C, dtype), poisoned(blocks, 2, C)
     params = kernels.params(
-        "HeadBackwardParams",
+        "PoolBackwardParams",
         dpooled=dpooled,
-        positive=positive,
+        mask=mask,
         y=flat(y),
-        saved=saved,
+        norm=saved,
         dz=flat(dz),
         dz_sums=sums,
-        images=N,
+        batch=N,
     )
-    assert kernels.call("head_backward", params, dtype, blocks) == 0
+    assert kernels.call("pool_backward", params, dtype, blocks) == 0
 
     # the mask of the kernel, from its bits, decides on both sides of the comparison
-    bits = positive[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
+    bits = mask[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
     mask = bits.flatten(3).permute(0, 3, 1, 2).bool()
 
     def plain(kind_):
