@@ -14,6 +14,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,7 +144,8 @@ def check_weight(path: str | Path, key: str, value: Tensor, like: Tensor) -> Non
     Raises:
         ValueError: it is of another shape or kind of dtype, not finite, or a variance below 0
     """
-    rule = got = None
+    rule: str | None = None
+    got: Any = None
     if value.shape != like.shape:
         rule, got = f"have shape {tuple(like.shape)}", tuple(value.shape)
     elif value.is_floating_point() != like.is_floating_point() or value.is_complex():

@@ -125,9 +125,15 @@ def trunk(pictures: Tensor, units: Sequence[Unit], *, training: bool) -> Tensor:
     """
 
     def apply(x: Tensor, unit: Unit, stride: int = 1, shortcut: Tensor | None = None) -> Tensor:
-        *tensors, momentum, eps = unit
-        settings = {"training": training, "momentum": momentum, "eps": eps}
-        return conv_bn_relu(x, *tensors, stride=stride, shortcut=shortcut, **settings)
+        return conv_bn_relu(
+            x,
+            *unit[:5],
+            stride=stride,
+            shortcut=shortcut,
+            training=training,
+            momentum=unit.momentum,
+            eps=unit.eps,
+        )
 
     x = apply(pictures, units[0])
     for first, second in zip(units[1::2], units[2::2], strict=True):
@@ -174,7 +180,7 @@ def linear_cross_entropy(
         return loss, (largest == labels).sum().to(loss.dtype)
 
     loss, hits = score(labels)
-    if labels_b is None:
+    if labels_b is None or ratio is None:
         return loss, hits
     loss_b, hits_b = score(labels_b)
     return ratio * loss + (1 - ratio) * loss_b, ratio * hits + (1 - ratio) * hits_b

@@ -281,6 +281,6 @@ def linear_cross_entropy(
         num_warps=4,
         num_stages=1,
     )
-    if not gradients:
+    if made is None:
         return loss, hits, None, None, None
     return loss, hits, dfeatures, made[: K * C].view(K, C), made[K * C :]

@@ -54,7 +54,7 @@ def why_not_extension(device: torch.device) -> str | None:
 
 
 # what torch.compiler.assume_constant_result does, but for importing torch._dynamo: 2 seconds
-why_not_extension._dynamo_marked_constant = True
+setattr(why_not_extension, "_dynamo_marked_constant", True)  # noqa: B010 (mypy)
 
 
 def _why_not_architecture(built: str, capability: tuple[int, int]) -> str | None:

@@ -6,6 +6,8 @@ The Triton kernels make the gradients together with the loss; the backward pass 
 the gradient that arrives, in one launch.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,6 @@ def linear_cross_entropy(
         RuntimeError: the named implementation cannot run here
     """
     _check(features, weight, bias, labels, label_smoothing, labels_b, ratio)
-    settings = {"label_smoothing": label_smoothing, "labels_b": labels_b, "ratio": ratio}
     chosen = choose(
         implementation,
         features.device,
@@ -77,10 +78,19 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(
             features, weight, bias, labels, labels_b, ratio, label_smoothing
         )
-    if autocast_dtype(features.device) is None:
-        return reference.linear_cross_entropy(features, weight, bias, labels, **settings)
-    with torch.autocast(features.device.type, enabled=False):
-        return reference.linear_cross_entropy(features, weight, bias, labels, **settings)
+    plain: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if autocast_dtype(features.device) is not None:
+        plain = torch.autocast(features.device.type, enabled=False)
+    with plain:
+        return reference.linear_cross_entropy(
+            features,
+            weight,
+            bias,
+            labels,
+            label_smoothing=label_smoothing,
+            labels_b=labels_b,
+            ratio=ratio,
+        )
 
 
 def _check(
@@ -108,8 +118,9 @@ def _check(
     if (labels_b is None) != (ratio is None):
         given = "labels_b" if ratio is None else "ratio"
         raise ValueError(f"labels_b and ratio must be given together, got {given} alone")
+    rules: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]]
     rules = [("labels", labels, (N,), torch.int64)]
-    if labels_b is not None:
+    if labels_b is not None and ratio is not None:
         rules += [("labels_b", labels_b, (N,), torch.int64), ("ratio", ratio, (), torch.float32)]
     for name, tensor, shape, dtype in rules:
         check_dense(name, tensor)

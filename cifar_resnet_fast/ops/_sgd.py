@@ -1,5 +1,7 @@
 """One step of SGD over flat buffers (layer 1). Twin: ``reference.sgd``."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -50,18 +52,17 @@ def sgd(
     if not 0 < P < 2**31:
         raise ValueError(f"parameters must have 1 .. 2**31 - 1 elements, got {P}")
     flat, scalar = (P,), ()
-    rules = (
+    rules: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = [
         ("parameters", parameters, flat, (torch.float32,)),
         ("gradients", gradients, flat, (torch.float32,)),
         ("momenta", momenta, flat, (torch.float32,)),
         ("lr", lr, scalar, (torch.float32,)),
         ("loss_scale", loss_scale, scalar, (torch.float32,)),
         ("skipped", skipped, scalar, (torch.int32,)),
-        ("copy", copy, flat, (torch.float16, torch.bfloat16)),
-    )
+    ]
+    if copy is not None:
+        rules.append(("copy", copy, flat, (torch.float16, torch.bfloat16)))
     for name, tensor, shape, dtypes in rules:
-        if tensor is None and name == "copy":
-            continue
         check_dense(name, tensor)
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
@@ -77,9 +78,11 @@ def sgd(
             )
     if not 0 <= decayed <= P:
         raise ValueError(f"decayed must be in 0 .. {P}, the number of parameters, got {decayed}")
-    run = reference.sgd
+    run: Callable[..., None] = reference.sgd
     if choose(implementation, parameters.device, "sgd") == "triton":
-        from cifar_resnet_fast.kernels.sgd import sgd as run
+        from cifar_resnet_fast.kernels import sgd as kernel
+
+        run = kernel.sgd
     run(
         parameters,
         gradients,

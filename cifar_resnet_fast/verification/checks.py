@@ -5,6 +5,7 @@ the budget of the tests, at the shapes of the network. Its batches are ragged: o
 number, and on a GPU one that is larger than any number of multiprocessors.
 """
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -30,8 +31,10 @@ from cifar_resnet_fast.verification.networks import Problem, make_step, verify_s
 LIMIT, EXCHANGE_LIMIT = 120.0, 180.0  # seconds: a Triton check compiles a dozen kernels
 QUICK_BATCH = 131
 FLOAT32_ALONE = ("linear_cross_entropy", "record_step", "sgd")  # take no 16-bit activations
-SUMS = ("loss", "norm", "running_mean", "running_var", "dweight")  # over all pixels or images
-SUMS += ("dbn_weight", "dbn_bias", "dscale", "dshift", "dbias")
+SUMS = (  # over all pixels or images
+    *("loss", "norm", "running_mean", "running_var", "dweight"),
+    *("dbn_weight", "dbn_bias", "dscale", "dshift", "dbias"),
+)
 TIMED = Problem(56, 1024, "fp16", torch.device("cuda"))
 TIMED_STEPS = ("cuda", "triton", "eager graph")
 _TIMED_SECONDS = 1.0
@@ -150,9 +153,11 @@ def _operation_is_right(
         batches = _batches(device, implementation, quick) if case.batched else (None,)
         for batch in batches:
             tensors, dout = operations.draw(case, batch, DTYPES[dtype], device, seed=0)
-            found = operations.compare(
-                case, lambda t, case=case: case.call(t, implementation), tensors, dout
-            )
+
+            def run(tensors: dict[str, Tensor], case: operations.Case = case) -> dict[str, Tensor]:
+                return case.call(tensors, implementation)
+
+            found = operations.compare(case, run, tensors, dout)
             held.check(found, case.place, batch)
             places += 1
     held.check_sums()
@@ -186,7 +191,10 @@ def _trunk_is_right(
 
 def _evaluated(problem: trunk.Problem, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
     """The pooled activation in evaluation: the implementation's, eager PyTorch's, in float64."""
-    wide = [ops.Unit(*[t.double() for t in unit[:5]], *unit[5:]) for unit in problem.units]
+    wide = [
+        unit._replace(**{name: getattr(unit, name).double() for name in ops.Unit._fields[:5]})
+        for unit in problem.units
+    ]
     images = problem.pictures
     exact = ops.trunk(images.double(), wide, training=False, implementation="reference")
     eager, ours = (
@@ -256,7 +264,7 @@ def step_checks(device: torch.device) -> list[Check]:
         checks.append(
             Check(
                 f"{kind}, {name}",
-                lambda run=run, name=name: _on_network(run, device, name),
+                functools.partial(_on_network, run, device, name),
                 implementation=name,
             )
         )
@@ -300,7 +308,7 @@ def timings(device: torch.device) -> list[Check]:
     return [bandwidth] + [
         Check(
             STEP_TIME + name,
-            lambda name=name: _step_time(device, name),
+            functools.partial(_step_time, device, name),
             implementation=name,
             after=(f"step, {name}",) if name in ops.IMPLEMENTATIONS else (),
         )

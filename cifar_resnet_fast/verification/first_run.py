@@ -12,7 +12,7 @@ import torch
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.verification.checks import Check, quick_checks
 from cifar_resnet_fast.verification.runner import CATALOGUE, run_checks
-from cifar_resnet_fast.verification.verdicts import FAILED, NOT_POSSIBLE, OK, Verdict, Verdicts
+from cifar_resnet_fast.verification.verdicts import FAILED, NOT_POSSIBLE, OK, Verdicts
 
 # whose kernels a training launches
 RUN_OPERATIONS = ("trunk", "load_batch", "linear_cross_entropy", "record_step", "sgd")
@@ -55,15 +55,16 @@ def verify_run(
     Raises:
         ValueError: the implementation that the run names has failed
     """
-    verdicts, failed = Verdicts(device), []
+    verdicts = Verdicts(device)
+    failed: list[tuple[str, str]] = []
     while True:
         kernels = kernels_of_run(implementation, dtype, device)
         wanted = quick_checks(device, kernels, dtype)
         unknown = [check for check in wanted if verdicts.of(check.kernel) is None]
         if unknown:
             _check(unknown, verdicts, device, catalogue, say)
-        known = {check: verdicts.of(check.kernel) for check in wanted}
-        bad = {check: found.reason for check, found in known.items() if _has_failed(found)}
+        known = ((check, verdicts.of(check.kernel)) for check in wanted)
+        bad = {check: v.reason for check, v in known if v is not None and v.verdict == FAILED}
         if not bad:
             return failed
         for check, why in bad.items():
@@ -77,10 +78,6 @@ def verify_run(
             failed.append((check.operation, check.implementation))
             instead = kernels_of_run(implementation, dtype, device)[check.operation]
             say(f"{check.operation} runs on {instead}, not on {check.implementation}: {reason}")
-
-
-def _has_failed(verdict: Verdict | None) -> bool:
-    return verdict is not None and verdict.verdict == FAILED
 
 
 def _check(

@@ -89,7 +89,8 @@ def time_calls(
 
 
 def _sample_cpu(call: Call, seconds: float) -> list[float]:
-    samples, began = [], time.perf_counter()
+    samples: list[float] = []
+    began = time.perf_counter()
     while len(samples) < _MIN_SAMPLES or (
         len(samples) < _MAX_SAMPLES and time.perf_counter() - began < seconds
     ):
@@ -119,7 +120,8 @@ class peak_memory:
     on a CPU."""
 
     def __init__(self, device: torch.device):
-        self.device, self.mib = device, None
+        self.device = device
+        self.mib: float | None = None
 
     def __enter__(self) -> "peak_memory":
         if self.device.type == "cuda":

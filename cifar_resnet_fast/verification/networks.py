@@ -153,7 +153,9 @@ def plain_step(problem: Problem, how: Plain) -> TrainingStep:
         optimizer.zero_grad()
         (loss * scale).backward()
         if scale != 1:
-            torch._foreach_mul_([p.grad for p in model.parameters()], 1 / scale)
+            torch._foreach_mul_(
+                [p.grad for p in model.parameters() if p.grad is not None], 1 / scale
+            )
         optimizer.step()
         return loss.detach()
 
@@ -264,7 +266,7 @@ def _plain_network(problem: Problem, how: Plain) -> tuple[FastResNet, Tensor, Te
     model, (images, labels) = problem.model("reference"), problem.pictures()
     form = torch.channels_last if how.channels_last else torch.contiguous_format
     dtype = how.dtype or torch.float32
-    model = model.to(dtype=dtype, memory_format=form)
+    model = model.to(dtype).to(memory_format=form)
     return model, images.to(dtype, memory_format=form), labels
 
 

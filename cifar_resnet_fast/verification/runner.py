@@ -71,7 +71,7 @@ def run_checks(
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     for place, check in enumerate(checks):
         waiting.put((place, check))
-    outcomes: list[Outcome | None] = [None] * len(checks)
+    outcomes: dict[int, Outcome] = {}
     lock, errors = threading.Lock(), []
     stop = threading.Event()
 
@@ -106,7 +106,7 @@ def run_checks(
         raise
     if errors:
         raise errors[0]
-    return outcomes
+    return [outcomes[place] for place in range(len(checks))]
 
 
 class Worker:
@@ -124,29 +124,31 @@ class Worker:
         return Outcome(check.name, verdict, reason, round(time.monotonic() - began, 2), data)
 
     def _run(self, check: Check) -> tuple[str, str, dict]:
-        if self._process is None:
-            self._start()
-            lost = self._lost(self._answer(_START_SECONDS), _START_SECONDS)
-            if lost is not None:
+        process = self._process
+        if process is None:
+            process = self._start()
+            began = self._answer(_START_SECONDS)
+            if not began:
+                lost = self._lost(process, began, _START_SECONDS)
                 return FAILED, f"its process did not start: {lost}", {}
         with contextlib.suppress(OSError):  # it has ended: the answer below is empty
-            self._process.stdin.write(check.name + "\n")
-            self._process.stdin.flush()
+            print(check.name, file=process.stdin, flush=True)
         answer = self._answer(check.limit)
-        lost = self._lost(answer, check.limit)
-        if lost is not None:
-            return FAILED, lost, {}
+        if not answer:
+            return FAILED, self._lost(process, answer, check.limit), {}
         if answer["last"]:
             self.end()
         return answer["verdict"], answer["reason"], answer["data"]
 
     def end(self) -> None:
         """Let the process go, with all that it has started."""
-        if self._process is None:
+        process = self._process
+        if process is None:
             return
         self.kill()
-        self._process.wait()
-        self._process.stdin.close()
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
         self._answers.close()
         self._errors.close()
         self._process = None
@@ -158,13 +160,13 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen:
         reading, writing = os.pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by end)
         self._answers = os.fdopen(reading, "rb", buffering=0)
         self._received = b""
         try:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [*self._command, str(writing)],
                 stdin=subprocess.PIPE,
                 stdout=self._errors,
@@ -176,6 +178,8 @@ class Worker:
             )
         finally:
             os.close(writing)
+        self._process = process
+        return process
 
     def _answer(self, seconds: float) -> dict | None:
         """The next line of the worker; empty if it has ended, None after so many seconds."""
@@ -191,14 +195,12 @@ class Worker:
         line, _, self._received = self._received.partition(b"\n")
         return json.loads(line)
 
-    def _lost(self, answer: dict | None, limit: float) -> str | None:
-        """How the worker was lost, or None if there is an answer; a lost one is cleared away."""
-        if answer:
-            return None
+    def _lost(self, process: subprocess.Popen, answer: dict | None, limit: float) -> str:
+        """How the worker was lost, which left ``answer``; it is cleared away."""
         if answer is None:
             self.end()
             return f"hung: no answer in {limit:g} s"
-        status = self._process.wait()
+        status = process.wait()
         self._errors.seek(0)
         written = self._errors.read().decode(errors="replace").strip().splitlines()
         how = f"exit status {status}"

@@ -9,6 +9,7 @@ import copy
 import inspect
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,10 +80,11 @@ class Step:
     kernels: schedule.Kernels
     units: list[Unit]
     method: str
-    arguments: dict[str, Tensor | int | None]
+    arguments: dict[str, Any]
 
-    def on(self, kernels: schedule.Kernels) -> tuple | None:
-        return getattr(kernels, self.method)(**self.arguments)
+    def on(self, kernels: schedule.Kernels) -> tuple:
+        """What the call gives on ``kernels``; empty if it only sees to gradients."""
+        return getattr(kernels, self.method)(**self.arguments) or ()
 
 
 class Recorder:
@@ -114,7 +116,8 @@ def convolutions(depth: int) -> list[tuple[int, int]]:
 
 def record(module: ModuleType, problem: Problem) -> list[Step]:
     """The calls of a training step on the kernels of ``module``, in ``roofline.trunk``'s order."""
-    units, steps = problem.units, []
+    units = problem.units
+    steps: list[Step] = []
     pictures = module.pictures_for_kernels(problem.pictures, problem.pictures.dtype)
     kernels = Recorder(module.Kernels(units, pictures), units, steps)
     _, kept = schedule.forward(kernels, pictures, len(units), keep=True)
@@ -125,7 +128,7 @@ def record(module: ModuleType, problem: Problem) -> list[Step]:
 
 def places(steps: list[Step]) -> list[int]:
     """The position of each kernel at each place where the network has it, the first of each."""
-    found = {}
+    found: dict[tuple, int] = {}
     for position, step in enumerate(steps):
         tensors = {n: t for n, t in step.arguments.items() if isinstance(t, Tensor)}
         shapes = tuple((n, t.shape) for n, t in tensors.items() if n != "sums")
@@ -149,7 +152,7 @@ def moved_bytes(step: Step) -> int:
 
     For steps on plain kernels, whose pictures have three channels and whose mask has bytes.
     """
-    left = dict(zip(RESULTS[step.method], step.on(step.kernels) or (), strict=True))
+    left = dict(zip(RESULTS[step.method], step.on(step.kernels), strict=True))
     moved = 0
     for name, tensor in (*step.arguments.items(), *left.items()):
         if isinstance(tensor, Tensor) and name not in ("sums", "norm", "norm_before"):
@@ -159,10 +162,9 @@ def moved_bytes(step: Step) -> int:
 
 def _used_bytes(name: str, tensor: Tensor, arguments: dict) -> int:
     """Of a tensor what a kernel has to move: of option A's shortcut the pixels that count."""
-    K, C = (arguments[n].shape[1] if n in arguments else None for n in ("y", "x"))
-    if name == "shortcut" and tensor.shape[1] != K:
+    if name == "shortcut" and tensor.shape[1] != arguments["y"].shape[1]:
         return tensor.nbytes // 4
-    if name == "residual" and tensor.shape[1] != C:
+    if name == "residual" and tensor.shape[1] != arguments["x"].shape[1]:
         return tensor.nbytes // 2
     if name == "mask":
         return tensor.numel() // 8
@@ -187,7 +189,8 @@ def compare(steps: list[Step], position: int) -> list[Compared]:
     ReLU's input is nearly zero its mask is chance, and what depends on that is not compared. The
     gradients may be finished by the next step only, so that follows.
     """
-    step, following = (*steps[position : position + 2], None)[:2]
+    step = steps[position]
+    following = steps[position + 1] if position + 1 < len(steps) else None
     with without_tf32():
         eager, exact = on_plain_kernels(step, False), on_plain_kernels(step, True)
         ours, theirs, truth = results(step, following), results(eager), results(exact)
@@ -205,7 +208,8 @@ def compare(steps: list[Step], position: int) -> list[Compared]:
     if step.method == "head_forward":
         # one image's averages are too few for that to even out: they are held to its own norm
         ours = {name: value.clone() for name, value in ours.items()}  # the next line updates some
-        norm = step.on(copy.copy(step.kernels))[0].double()
+        norm, *_ = step.on(copy.copy(step.kernels))
+        norm = norm.double()
         own["pooled"] = plain_kernels.activation(given["y"], norm, given["shortcut"]).mean((2, 3))
     return compared(
         *({**found, name: found[name] * decided} for found in (ours, theirs, truth)),
@@ -221,7 +225,11 @@ def on_plain_kernels(step: Step, exact: bool) -> Step:
         wide = exact and isinstance(value, Tensor) and value.is_floating_point()
         return value.double() if wide else value
 
-    units = [Unit(*(converted(t).clone() for t in u[:5]), u.momentum, u.eps) for u in step.units]
+    names = Unit._fields[:5]
+    units = [
+        unit._replace(**{name: converted(getattr(unit, name)).clone() for name in names})
+        for unit in step.units
+    ]
     given = {name: converted(value) for name, value in step.arguments.items()}
     if "pictures" in given:
         given["pictures"] = given["pictures"][:, :3]
@@ -242,7 +250,7 @@ def results(step: Step, following: Step | None = None) -> dict[str, Tensor]:
     bits are the order of additions.
     """
     kernels = copy.copy(step.kernels)
-    found = dict(zip(RESULTS[step.method], step.on(kernels) or (), strict=True))
+    found = dict(zip(RESULTS[step.method], step.on(kernels), strict=True))
     found.pop("sums", None)
     i = step.arguments.get("i", 0)
     vectors = {}

@@ -57,7 +57,7 @@ class Verdicts:
         import platformdirs
 
         self.path = Path(platformdirs.user_cache_dir("cifar_resnet_fast")) / f"{digest}.json"
-        self._verdicts |= self._read()
+        self._verdicts |= self._read(self.path)
 
     def of(self, kernels: str) -> Verdict | None:
         """The verdict on some kernels, or None."""
@@ -81,10 +81,11 @@ class Verdicts:
         except OSError as error:
             self.path, self.why_not_kept = None, f"{self.path} cannot be written: {error}"
 
-    def _read(self) -> dict[str, Verdict]:
+    @staticmethod
+    def _read(path: Path) -> dict[str, Verdict]:
         """Those in the file; none if there is no such file, or not a whole one."""
         try:
-            content = json.loads(self.path.read_text())
+            content = json.loads(path.read_text())
             return {name: Verdict(**value) for name, value in content["verdicts"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}

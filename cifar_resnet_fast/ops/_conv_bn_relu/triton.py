@@ -84,18 +84,16 @@ def conv_bn_relu_bwd(
         partials, affine, y.numel() // y.shape[1], training, bn_dtype
     )
     gradients = [dbn_weight, dbn_bias]
+    into = None
     if dweight:
         form = torch.channels_last if weight_channels_last else torch.contiguous_format
         into = torch.empty_like(weight, dtype=weight_dtype, memory_format=form)
-    else:
-        into = None
     if dx or dweight:
         masked = relu and dz is da
         grad, _ = conv3x3_bwd(
             dz, y, coef, x, weight, stride=stride, relu=masked, dx=dx, dweight=into
         )
-        gradients += [grad] if dx else []
-        gradients += [into] if dweight else []
+        gradients += [gradient for gradient in (grad, into) if gradient is not None]
     return gradients + ([dz] if dshortcut else [])
 
 
@@ -286,7 +284,7 @@ def conv_bn_relu_triton(
     compiling = torch.compiler.is_compiling()
     packed = _packed(weight, x.dtype)
     if training:
-        run = _forward_op if compiling else conv_bn_relu_fwd
-        return run(x, packed, *bn_vectors, shortcut, stride, relu, training, momentum, eps)[0]
-    run = _eval_op if compiling else conv_bn_relu_eval
-    return run(x, packed, *bn_vectors, shortcut, stride, relu, eps)
+        train = _forward_op if compiling else conv_bn_relu_fwd
+        return train(x, packed, *bn_vectors, shortcut, stride, relu, training, momentum, eps)[0]
+    evaluate = _eval_op if compiling else conv_bn_relu_eval
+    return evaluate(x, packed, *bn_vectors, shortcut, stride, relu, eps)

@@ -76,6 +76,7 @@ class Kernels:
         self._units = units
         self._blocks = multiprocessors(pictures.device)  # a block fills one
         weights = [unit.weight for unit in units]
+        self.weights: Sequence[Tensor]
         if kept is None:
             self.weights = [self._ops.prepare_weights(weights, pictures)]
         else:
@@ -83,9 +84,10 @@ class Kernels:
         pieces = self.weights[0].split(fragment_sizes(weights, both=True))
         self._forward = [pieces[0], *pieces[1::2]]
         self._backward = [None, *pieces[2::2]]
-        self.gradients = [()] * len(units)
+        self.gradients: list[tuple[Tensor, ...]] = [()] * len(units)
         self._places = [None] * len(units) if places is None else places
-        self._left = (None, None)  # slabs, and the gradient that they are to be added up into
+        # slabs, and the gradient that they are to be added up into
+        self._left: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def _norm(self, i: int) -> tuple:
         """The arguments of unit i's normalisation."""
@@ -170,10 +172,10 @@ class Kernels:
 def evaluate(units: Sequence[Unit], pictures: Tensor) -> Tensor:
     """[N, 64] float32. The trunk with the running statistics, folded into the weights."""
     ops, blocks = torch.ops.cifar_resnet_fast, multiprocessors(pictures.device)
-    *columns, _, eps = zip(*units, strict=True)
-    columns = [list(column) for column in columns]
-    fragments, biases = ops.fold_weights(*columns, list(eps), pictures)
-    fragments = fragments.split(fragment_sizes(columns[0], both=False))
+    weights, *vectors = [[getattr(unit, name) for unit in units] for name in Unit._fields[:5]]
+    eps = [unit.eps for unit in units]
+    fragments, biases = ops.fold_weights(weights, *vectors, eps, pictures)
+    fragments = fragments.split(fragment_sizes(weights, both=False))
     biases = biases.split([len(unit.weight) for unit in units])
     x = ops.stem_evaluate(pictures, fragments[0], biases[0], blocks)
     for first in range(1, len(units), 2):

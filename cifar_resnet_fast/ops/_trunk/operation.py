@@ -185,7 +185,7 @@ def _broken_rule(
             return ValueError(
                 f"activations must have fewer than 2**31 elements {named}, got up to {elements}"
             )
-        names = Unit._fields[1:5]
+        names: tuple[str, ...] = Unit._fields[1:5]
     else:
         if (H, W) != (32, 32):
             return ValueError(f"pictures must be 32 x 32 {named}, got {H} x {W}")

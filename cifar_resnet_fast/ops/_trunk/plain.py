@@ -85,12 +85,14 @@ class Kernels:
 
     def __init__(self, units: Sequence[Unit], pictures: Tensor, kept: Kept | None = None):
         self._units = units
+        self.weights: Sequence[Tensor]
         if kept is None:
-            form = {"dtype": pictures.dtype, "memory_format": torch.channels_last}
-            self.weights = [unit.weight.to(**form) for unit in units]
+            self.weights = [
+                unit.weight.to(pictures.dtype, memory_format=torch.channels_last) for unit in units
+            ]
         else:
             self.weights = kept.weights
-        self.gradients = [()] * len(units)
+        self.gradients: list[tuple[Tensor, ...]] = [()] * len(units)
 
     def stem_forward(self, pictures):
         return self._convolve(0, pictures)

@@ -72,7 +72,14 @@ class Kept(NamedTuple):
 
 
 class Kernels(Protocol):
-    """One pass through the kernels of an implementation."""
+    """One pass through the kernels of an implementation.
+
+    weights: as the kernels read them
+    gradients: of weight, bn_weight and bn_bias of each unit, whole after ``stem_backward``
+    """
+
+    weights: Sequence[Tensor]
+    gradients: list[tuple[Tensor, ...]]
 
     def stem_forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """y[0] and its sums."""
@@ -86,7 +93,7 @@ class Kernels(Protocol):
         """From y[i - 1]: norm[i - 1], y[i] and its sums."""
 
     def head_forward(
-        self, y: Tensor, sums: Tensor, shortcut: Tensor
+        self, y: Tensor, sums: Tensor, shortcut: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From the last y: its norm, the pooled activation and its mask."""
 
@@ -141,7 +148,8 @@ def forward(kernels: Kernels, pictures: Tensor, units: int, keep: bool) -> tuple
         norm, y, sums = kernels.f2(first + 1, y, sums)
         norms.append(norm)
         if not keep:
-            ys.clear(), xs.clear()
+            ys.clear()
+            xs.clear()
     norm, pooled, mask = kernels.head_forward(y, sums, x)
     return pooled, Kept(mask, [*ys, y], [*norms, norm], xs, kernels.weights)
 
