@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bench.cards import Card
+from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.verification.budget import Unavailable, WrongResult
 from cifar_resnet_fast.verification.identity import identity, output_of
 from cifar_resnet_fast.verification.measure import (
@@ -219,10 +220,6 @@ def reason_of(error: Exception) -> str:
         return "out of memory"
     kind = "wrong result" if isinstance(error, WrongResult) else "failed"
     return f"{kind}: {first_line(error)}"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def describe(cases: list[dict]) -> str:

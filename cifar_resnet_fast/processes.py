@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cifar_resnet_fast.errors import first_line
+
 
 class ProcessLostError(Exception):
     """Another process of the run has died, or does not answer."""
@@ -117,7 +119,7 @@ def _lost_is_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ProcessLostError(
             f"another process of the run has stopped or does not answer ({reason})"
         ) from None

@@ -243,6 +243,13 @@ def test_the_rehearsal_repeats_no_python():
     assert out.tolist() == [2, 2 * 4]
 
 
+def test_capture_that_fails_without_a_message_is_named():
+    def refused(function, warm_up, times=3):
+        raise RuntimeError
+
+    assert make_engine().capture(refused) == "RuntimeError"
+
+
 def test_out_of_memory_is_no_reason_to_go_on():
     engine = make_engine()
     before = tensors(engine.state_dict())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.loader import Loader
+from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.capture import CudaGraphs, Readback
@@ -207,7 +208,7 @@ class Engine:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            return str(error).splitlines()[0]
+            return first_line(error)
         self._replay = replay
         return None
 

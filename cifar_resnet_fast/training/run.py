@@ -21,6 +21,7 @@ from torch import nn
 from cifar_resnet_fast.checkpoint import read_checkpoint, save_checkpoint, write_atomically
 from cifar_resnet_fast.data.datasets import Dataset
 from cifar_resnet_fast.data.loader import Loader
+from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.capture import capture_for
@@ -444,7 +445,7 @@ class Run:
                     f"undisturbed run"
                 )
         except Exception as error:  # a value of the wrong kind can make anything stumble
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ValueError(f"resume: checkpoint {path} does not fit the run: {reason}") from None
 
 
