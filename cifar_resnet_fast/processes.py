@@ -15,6 +15,9 @@ from torch import Tensor
 
 from cifar_resnet_fast.errors import first_line
 
+# in every message of gloo's: a path of its sources, or these words after a time-out before
+_OF_GLOO = ("/gloo/", "Application timeout caused pair closure")
+
 
 class ProcessLostError(Exception):
     """Another process of the run has died, or does not answer."""
@@ -108,18 +111,38 @@ class Processes:
 
 
 def all_reduce(tensor: Tensor) -> None:
-    """Sum a tensor over all processes, in place; ProcessLostError if one does not answer."""
+    """Sum a tensor over all processes, in place; ProcessLostError if one does not answer.
+
+    An error during the capture of a CUDA graph is raised as it is: nothing is sent then.
+    """
     with _lost_is_named():
         dist.all_reduce(tensor)
 
 
 @contextlib.contextmanager
 def _lost_is_named() -> Iterator[None]:
-    """What the back ends raise, each its own, when a process is gone or silent."""
+    """Rename what the back ends raise, each its own, when a process is gone or silent.
+
+    Any other error is this process's own, such as memory that runs out.
+    """
     try:
         yield
     except RuntimeError as error:
-        reason = first_line(error)
-        raise ProcessLostError(
-            f"another process of the run has stopped or does not answer ({reason})"
-        ) from None
+        if not _is_of_communication(error) or _is_capturing():
+            raise
+        raise _lost(first_line(error)) from None
+
+
+def _lost(reason: str) -> ProcessLostError:
+    return ProcessLostError(
+        f"another process of the run has stopped or does not answer ({reason})"
+    )
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    """Whether NCCL, the store or gloo raised it; gloo has no class of its own for its errors."""
+    return isinstance(error, dist.DistError) or any(part in str(error) for part in _OF_GLOO)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import cifar_resnet_fast
 from cifar_resnet_fast.data.loader import Loader
-from cifar_resnet_fast.processes import Processes
+from cifar_resnet_fast.processes import Processes, ProcessLostError, all_reduce
 from cifar_resnet_fast.train import main
 
 # 64 drawn pictures: 4 steps of 16 an epoch
@@ -247,6 +248,57 @@ def test_a_process_that_is_lost(how, tmp_path):
     assert "error: another process of the run has stopped or does not answer" in lost.stderr
     assert "what was written before is whole" in lost.stderr
     assert torch.load(out / "checkpoint.pt")["engine"]["step"] == 4
+
+
+def raised(error):
+    def act():
+        raise error
+
+    return act
+
+
+COMMUNICATION = {
+    "nccl": dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:1"),
+    "store": dist.DistStoreError("wait timeout after 2000ms, keys: /default_pg/0"),
+    "network": dist.DistNetworkError("failed to recv, got 0 bytes"),
+    "gloo": RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer"
+    ),
+    "gloo-after": RuntimeError("Application timeout caused pair closure"),
+}
+OWN = {
+    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "device": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    "tensor": RuntimeError("Tensors must be contiguous"),
+}
+
+
+@pytest.mark.parametrize("error", COMMUNICATION.values(), ids=COMMUNICATION)
+def test_errors_of_communication_are_a_lost_process(error, monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: raised(error)())
+    with pytest.raises(ProcessLostError) as lost:
+        all_reduce(torch.ones(1))
+    assert str(lost.value) == (
+        f"another process of the run has stopped or does not answer ({error})"
+    )
+
+
+@pytest.mark.parametrize("error", OWN.values(), ids=OWN)
+def test_other_errors_are_no_lost_process(error, monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: raised(error)())
+    with pytest.raises(type(error)) as own:
+        all_reduce(torch.ones(1))
+    assert own.value is error
+
+
+@pytest.mark.parametrize("error", COMMUNICATION.values(), ids=COMMUNICATION)
+def test_no_process_is_lost_during_a_capture(error, monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: raised(error)())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError) as own:
+        all_reduce(torch.ones(1))
+    assert own.value is error
 
 
 def test_one_process_exchanges_nothing():
