@@ -358,6 +358,17 @@ def test_readback_keeps_what_was_asked_for():
     assert not readback.values().any()
 
 
+def test_readback_waits_as_it_is_told():
+    """On a GPU with several processes a wait has a limit."""
+    waited = []
+    readback = Readback(torch.zeros(3), waited.append)
+    readback._event = "the copy"
+    readback.values()
+    assert waited == ["the copy"]
+    engine = make_engine()
+    assert engine._readback._wait == engine._processes.wait
+
+
 # --- on a GPU ------------------------------------------------------------------------------------
 
 
