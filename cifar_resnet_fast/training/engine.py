@@ -348,8 +348,9 @@ class Engine:
             self._step,
             optimizer.lr,
             self._schedule,
-            advance=not dummy,
         )
+        if dummy:
+            self._step -= 1  # afterwards: what is captured is to have been launched before
 
     def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss of the model on a batch, and images classified right."""
