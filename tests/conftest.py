@@ -78,13 +78,7 @@ def cifar10(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def poisoned_memory():
-    """Memory that torch hands out, to C++ too, holds NaN in place of what was there by chance.
-
-    Not under tests/sanitize.sh, whose initcheck looks for memory that nothing has written.
-    """
-    if os.environ.get("SANITIZED"):
-        yield
-        return
+    """Memory that torch hands out, to C++ too, holds NaN in place of what was there by chance."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
