@@ -100,7 +100,7 @@ def rungs(options: argparse.Namespace, report: Path) -> list[Rung]:
     ]
     if options.device == "cuda":
         found += [
-            Rung(f"sanitizer, {tool}", ("bash", "tests/sanitize.sh", tool), 60, 480)
+            Rung(f"sanitizer, {tool}", ("bash", "tests/sanitize.sh", tool), 60, 150)
             for tool in SANITIZERS
         ]
     if options.quick:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bench.cards import Card
+from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.verification.budget import Unavailable, WrongResult
 from cifar_resnet_fast.verification.identity import identity, output_of
 from cifar_resnet_fast.verification.measure import (
@@ -27,7 +28,6 @@ from cifar_resnet_fast.verification.measure import (
     Timing,
     copy_bandwidth,
     matmul_rate,
-    raise_clocks,
     time_calls,
 )
 
@@ -98,9 +98,8 @@ class Suite:
 
     def measured_card(self) -> Card:
         """What this card reaches: a large copy, and PyTorch's own matrix product. Kept, too."""
-        raise_clocks(self.device)
-        copied, side = (2**30, 8192) if self.on_gpu else (2**26, 256)
-        bandwidth = copy_bandwidth(self.device, copied, self.seconds)
+        side = 8192 if self.on_gpu else 256
+        bandwidth = copy_bandwidth(self.device, self.seconds)
         tensor, fp32 = (
             matmul_rate(self.device, dtype, side, self.seconds)
             for dtype in (torch.float16, torch.float32)
@@ -219,10 +218,6 @@ def reason_of(error: Exception) -> str:
         return "out of memory"
     kind = "wrong result" if isinstance(error, WrongResult) else "failed"
     return f"{kind}: {first_line(error)}"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def describe(cases: list[dict]) -> str:

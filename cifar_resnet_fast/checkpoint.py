@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cifar_resnet_fast.errors import first_line
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``: the old content or the new stands there, never a part.
@@ -91,7 +93,7 @@ def read_checkpoint(path: str | Path) -> dict:
             f"it is damaged, or not a checkpoint, or holds other Python objects"
         ) from None
     except Exception as error:  # a damaged file can make the readers stumble over anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"checkpoint {path} cannot be read: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(

@@ -20,6 +20,7 @@ from cifar_resnet_fast.checkpoint import (
     read_checkpoint,
     write_atomically,
 )
+from cifar_resnet_fast.errors import first_line
 
 FOLDER = Path(__file__).parent / "weights"
 WEIGHTS, CARD = "model.safetensors", "config.json"
@@ -108,9 +109,9 @@ def _downloaded(repository: str) -> Path:
     try:
         files = [hf_hub_download(repository, file) for file in (CARD, WEIGHTS)]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise OSError(
-            f"weights {repository} are no file or folder here and cannot be downloaded: {reason}"
+            f"weights {repository} are no file or folder here and cannot be downloaded: "
+            f"{first_line(error)}"
         ) from None
     return Path(files[-1]).parent
 
@@ -270,7 +271,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(
-            f"checkpoint {path} must be a whole safetensors file: {str(error).splitlines()[0]}"
+            f"checkpoint {path} must be a whole safetensors file: {first_line(error)}"
         ) from None
 
 
@@ -281,7 +282,7 @@ def _read_card(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(card.read_text())
     except ValueError as error:
-        raise ValueError(f"card {card} must be JSON: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"card {card} must be JSON: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"card {card} must be a JSON object, got a {type(values).__name__}")
     return values

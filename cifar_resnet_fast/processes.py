@@ -5,6 +5,8 @@ Without torchrun there is one process, and exchanging does nothing.
 
 import contextlib
 import os
+import time
+from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -12,6 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from cifar_resnet_fast.errors import first_line
+
+# in every message of gloo's: a path of its sources, or these words after a time-out before
+_OF_GLOO = ("/gloo/", "Application timeout caused pair closure")
+_POLL_SECONDS = 2e-4
 
 
 class ProcessLostError(Exception):
@@ -42,6 +50,8 @@ class Processes:
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(device)
+        self._timeout = timeout
+        self._marks: deque[torch.cuda.Event] = deque()
         if self.count == 1:
             return
         self._local_rank = int(os.environ["LOCAL_RANK"])
@@ -99,25 +109,102 @@ class Processes:
         if self._local_rank == 0:
             self.any(False)
 
-    def leave(self) -> None:
-        """End the exchange in good order; all processes are to do so."""
-        if self.count > 1:
-            dist.destroy_process_group()
+    def mark(self) -> None:
+        """Have ``wait`` take the end of the device work launched so far for progress."""
+        if self._waits_with_limit():
+            while self._marks and self._marks[0].query():
+                self._marks.popleft()
+            self._marks.append(self._event())
+
+    def wait(self, event: torch.cuda.Event | None = None) -> None:
+        """Wait for an event; without one, for all device work launched so far.
+
+        Nothing but the device sees a sum in a replayed CUDA graph, and it waits for ever for a
+        process that is gone. So with several processes the host polls, and the timeout holds for
+        the work between two marks, however much of it was launched ahead.
+
+        Raises:
+            ProcessLostError: the device has not come from one mark to the next within the timeout
+        """
+        if not self._waits_with_limit():
+            if event is not None:
+                event.synchronize()
+            return
+        event = event or self._event()
+        until = time.monotonic() + self._timeout
+        while not event.query():
+            if self._marks and self._marks[0].query():
+                self._marks.popleft()
+                until = time.monotonic() + self._timeout
+            elif time.monotonic() > until:
+                raise _lost(f"the GPU has waited for it for {self._timeout:g} s")
+            else:
+                time.sleep(_POLL_SECONDS)
+
+    def _waits_with_limit(self) -> bool:
+        return self.count > 1 and self.device.type == "cuda"
+
+    def _event(self) -> torch.cuda.Event:
+        """An event at the end of what was launched so far."""
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def leave(self, failed: bool = False) -> None:
+        """End the exchange. No captured graph that holds one may be left: NCCL waits for them.
+
+        Args:
+            failed: whether the others may not know that this process ends. Then its connections
+                are cut, by which they notice, and nothing is waited for
+
+        Raises:
+            ProcessLostError: the device waits for a process that is gone, unless ``failed``
+        """
+        if self.count == 1:
+            return
+        self._host_group = None
+        if failed:
+            # to destroy a group properly all of its processes have to take part
+            with contextlib.suppress(RuntimeError, ValueError):
+                dist.distributed_c10d._abort_process_group()
+            return
+        self.wait()
+        dist.destroy_process_group()
 
 
 def all_reduce(tensor: Tensor) -> None:
-    """Sum a tensor over all processes, in place; ProcessLostError if one does not answer."""
+    """Sum a tensor over all processes, in place; ProcessLostError if one does not answer.
+
+    An error during the capture of a CUDA graph is raised as it is: nothing is sent then.
+    """
     with _lost_is_named():
         dist.all_reduce(tensor)
 
 
 @contextlib.contextmanager
 def _lost_is_named() -> Iterator[None]:
-    """What the back ends raise, each its own, when a process is gone or silent."""
+    """Rename what the back ends raise, each its own, when a process is gone or silent.
+
+    Any other error is this process's own, such as memory that runs out.
+    """
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ProcessLostError(
-            f"another process of the run has stopped or does not answer ({reason})"
-        ) from None
+        if not _is_of_communication(error) or _is_capturing():
+            raise
+        raise _lost(first_line(error)) from None
+
+
+def _lost(reason: str) -> ProcessLostError:
+    return ProcessLostError(
+        f"another process of the run has stopped or does not answer ({reason})"
+    )
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    """Whether NCCL, the store or gloo raised it; gloo has no class of its own for its errors."""
+    return isinstance(error, dist.DistError) or any(part in str(error) for part in _OF_GLOO)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -285,8 +285,6 @@ def record_step(
     step: Tensor,
     lr: Tensor,
     schedule: Tensor,
-    *,
-    advance: bool,
 ) -> None:
     """What a step leaves behind besides the weights: its metrics, and the next step's numbers.
 
@@ -294,17 +292,15 @@ def record_step(
         metrics: [3, E] float32. column ``step % E`` becomes loss, hits, skipped
         loss, hits: [] float32
         skipped: [] int32
-        step: [] int64. one more afterwards, unless ``advance`` is False
+        step: [] int64. one more afterwards
         lr: [] float32. becomes the schedule's value for the step that ``step`` then says; after
             the last step it stays the last value
         schedule: [S] float32
-        advance: False for a step that is not to count
     """
     here = step.reshape(1)
     column = torch.stack((loss, hits, skipped.to(loss.dtype)))
     metrics.index_copy_(1, here % metrics.shape[1], column[:, None])
-    if advance:
-        step += 1
+    step += 1
     lr.copy_(schedule.index_select(0, step.reshape(1).clamp(max=len(schedule) - 1))[0])
 
 

@@ -20,7 +20,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -237,18 +237,33 @@ def _train(
 ) -> list[Result]:
     """The runs of a job, one after the other; ``bad_input`` is around all that is not training."""
     config, results = job.config, []
-    for seed in range(config.seed, config.seed + config.runs):
-        with contextlib.ExitStack() as held:
-            with bad_input():
-                place = job.folder if config.runs == 1 else job.folder / f"seed-{seed}"
-                if config.runs > 1 and job.processes.rank == 0:
-                    place.mkdir(exist_ok=True)
-                    held.enter_context(hold(place))
-                run = Run(replace(config, seed=seed, runs=1), place, job.data, job.processes)
-            rows = run.train(on_epoch)
-            results.append(Result(run.trained, rows, run.accuracy, place))
-    job.processes.leave()
+    with _parting(job.processes):
+        for seed in range(config.seed, config.seed + config.runs):
+            with contextlib.ExitStack() as held:
+                with bad_input():
+                    place = job.folder if config.runs == 1 else job.folder / f"seed-{seed}"
+                    if config.runs > 1 and job.processes.rank == 0:
+                        place.mkdir(exist_ok=True)
+                        held.enter_context(hold(place))
+                    run = Run(replace(config, seed=seed, runs=1), place, job.data, job.processes)
+                rows = run.train(on_epoch)
+                results.append(Result(run.trained, rows, run.accuracy, place))
     return results
+
+
+@contextlib.contextmanager
+def _parting(processes: Processes) -> Iterator[None]:
+    """The processes of the runs within part afterwards, whether they have all ended alike or not.
+    A stop is one that they have agreed on."""
+    failed = True
+    try:
+        yield
+        failed = False
+    except RunStopped:
+        failed = False
+        raise
+    finally:
+        processes.leave(failed)
 
 
 def _prepared(

@@ -1,6 +1,7 @@
 """Fixtures of all tests. Without a GPU, Triton kernels run in Triton's interpreter."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,10 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA is first used
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell starts background jobs so, and the processes that tests interrupt would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -78,13 +83,7 @@ def cifar10(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def poisoned_memory():
-    """Memory that torch hands out, to C++ too, holds NaN in place of what was there by chance.
-
-    Not under tests/sanitize.sh, whose initcheck looks for memory that nothing has written.
-    """
-    if os.environ.get("SANITIZED"):
-        yield
-        return
+    """Memory that torch hands out, to C++ too, holds NaN in place of what was there by chance."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield

@@ -1,10 +1,12 @@
 """What must be right before a time is taken, and the time itself, on a CPU."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cifar_resnet_fast.verification import measure
 from cifar_resnet_fast.verification.budget import WrongResult, check
 from cifar_resnet_fast.verification.measure import (
     copy_bandwidth,
@@ -71,8 +73,43 @@ def test_quantiles():
 
 def test_ceilings_are_plausible():
     """More than a thousandth, less than a thousand times of what any CPU core does."""
-    assert 1e8 < copy_bandwidth(CPU, 2**22, 0.01) < 1e13
+    assert 1e8 < copy_bandwidth(CPU, 0.01, size=2**22) < 1e13
     assert 1e8 < matmul_rate(CPU, torch.float32, 128, 0.01) < 1e14
+
+
+@pytest.mark.parametrize(("gib", "expected"), [(10, 2.5), (139, 4)])
+def test_a_copy_fits_into_memory(gib, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib * 2**30, 0))
+    assert measure._copied_bytes(torch.device("cuda")) == expected * 2**30
+
+
+def test_many_copies_are_between_two_events(monkeypatch):
+    """Of 2 ms each, with launches that cost as much again for each pair of events."""
+    calls, pairs = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.calls = len(calls)
+
+        def elapsed_time(self, end):
+            pairs.append(end.calls - self.calls)
+            return 2.0 * pairs[-1] + 2.0
+
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    found = measure._seconds_each(lambda: calls.append(0), torch.device("cuda"), 0.5)
+    assert min(pairs[1:]) >= 40
+    assert found == pytest.approx(0.002, rel=0.03)
+
+
+def test_a_wrong_copy_has_no_bandwidth(monkeypatch):
+    monkeypatch.setattr(torch, "add", lambda source, _, out: out.copy_(source).neg_())
+    with pytest.raises(WrongResult, match="copy, a kernel's: what arrived differs"):
+        copy_bandwidth(CPU, 0.01, size=2**12)
 
 
 @pytest.mark.gpu
@@ -87,4 +124,4 @@ def test_time_on_a_gpu_is_of_the_graph_and_beyond_the_cache():
     timing = time_calls(prepare, device, input_bytes=2**23, seconds=0.05)
     assert timing.method == "graph"
     assert timing.peak_mib is not None
-    assert 2**23 / timing.median < 1.3 * copy_bandwidth(device, 2**28, 0.05)
+    assert 2**23 / timing.median < 1.3 * copy_bandwidth(device, 0.05)

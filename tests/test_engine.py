@@ -8,6 +8,7 @@ from rehearsal import Rehearsal
 
 from cifar_resnet_fast import FastResNet
 from cifar_resnet_fast.data.loader import Loader
+from cifar_resnet_fast.kernels import launch
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.training.capture import CudaGraphs, Readback
 from cifar_resnet_fast.training.engine import Engine
@@ -123,20 +124,23 @@ def test_replayed_steps_are_the_eager_ones(variant, monkeypatch):
     assert rehearsal.replays == EPOCHS * (STEPS + 4), "13 pictures are evaluated in 4 batches"
 
 
+def chosen(implementation, monkeypatch):
+    """Have a step's operations but for the layers run in this implementation."""
+    for module in ("_load_batch", "_sgd", "_record_step", "_linear_cross_entropy"):
+        module = sys.modules[f"cifar_resnet_fast.ops.{module}"]
+        monkeypatch.setattr(module, "choose", lambda *_: implementation)
+    if implementation == "triton" and not torch.cuda.is_available():
+        # where each interpreted program is slow, whatever its size
+        monkeypatch.setattr("cifar_resnet_fast.kernels.sgd.BLOCK", 32768)
+
+
 def test_triton_kernels_are_replayed(device, monkeypatch):
     """The batch and the update by kernels, interpreted or on a GPU; the layers in PyTorch."""
     settings = {"loader": {"cutout": 8}, "implementation": "reference"}
 
-    def chosen(implementation):
-        for module in ("_load_batch", "_sgd", "_record_step", "_linear_cross_entropy"):
-            module = sys.modules[f"cifar_resnet_fast.ops.{module}"]
-            monkeypatch.setattr(module, "choose", lambda *_: implementation)
-
-    chosen("reference")
+    chosen("reference", monkeypatch)
     usual, _ = train(make_engine(device, **settings), 2)
-    chosen("triton")
-    if device.type == "cpu":  # where each interpreted program is slow, whatever its size
-        monkeypatch.setattr("cifar_resnet_fast.kernels.sgd.BLOCK", 32768)
+    chosen("triton", monkeypatch)
     engine = make_engine(device, **settings)
     assert engine.capture(capture_on(device)) is None
     states, _ = train(engine, 2)
@@ -186,6 +190,49 @@ def test_warm_up_sees_no_label():
     assert engine.capture(only_warms_up) is None
     with pytest.raises(IndexError, match="out of bounds"):
         engine.train_step()
+
+
+def specialised(value):
+    """What of an argument makes Triton compile another kernel."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return value
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize("at", [0, STEPS * EPOCHS - 1], ids=["new", "last-step"])
+def test_warm_up_launches_all_that_is_captured(at, implementation, device, monkeypatch):
+    """A kernel is loaded at its first launch, which a capture need not allow."""
+    engine = make_engine(device, ema=0.9, implementation="reference")
+    train(engine, at)
+    chosen(implementation, monkeypatch)
+    start, launched, compared = launch.launch, set(), []
+
+    def seen(kernel, grid, **arguments):
+        name = kernel.fn.__name__
+        launched.add((name, *((key, specialised(value)) for key, value in arguments.items())))
+        start(kernel, grid, **arguments)
+
+    def capture(function, warm_up, times=3):
+        found = []
+        for work in (warm_up, function):
+            launched.clear()
+            with torch.profiler.profile() as profile:
+                work()
+            operations = {event.name for event in profile.events() if "::" in event.name}
+            found.append((operations, set(launched)))
+        compared.append(found)
+        return function
+
+    monkeypatch.setattr(launch, "launch", seen)
+    assert engine.capture(capture) is None
+    assert len(compared) == 2, "steps and evaluation"
+    for warmed, captured in compared:
+        assert len(captured[0]) > 10
+        assert captured[0] <= warmed[0]
+        assert captured[1] <= warmed[1]
+    kernels = {name for name, *_ in compared[0][1][1]}
+    assert ("_record_step_kernel" in kernels) == (implementation == "triton")
 
 
 class AsksTheDevice(FastResNet):
@@ -239,6 +286,13 @@ def test_the_rehearsal_repeats_no_python():
     replay()
     assert len(calls) == 2
     assert out.tolist() == [2, 2 * 4]
+
+
+def test_capture_that_fails_without_a_message_is_named():
+    def refused(function, warm_up, times=3):
+        raise RuntimeError
+
+    assert make_engine().capture(refused) == "RuntimeError"
 
 
 def test_out_of_memory_is_no_reason_to_go_on():
@@ -347,6 +401,17 @@ def test_readback_keeps_what_was_asked_for():
     source.fill_(1)
     assert readback.arrived()
     assert not readback.values().any()
+
+
+def test_readback_waits_as_it_is_told():
+    """On a GPU with several processes a wait has a limit."""
+    waited = []
+    readback = Readback(torch.zeros(3), waited.append)
+    readback._event = "the copy"
+    readback.values()
+    assert waited == ["the copy"]
+    engine = make_engine()
+    assert engine._readback._wait == engine._processes.wait
 
 
 # --- on a GPU ------------------------------------------------------------------------------------

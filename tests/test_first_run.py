@@ -14,7 +14,7 @@ import torch
 
 from cifar_resnet_fast import info, ops, train
 from cifar_resnet_fast.ops import _dispatch as choice
-from cifar_resnet_fast.training.config import TrainConfig
+from cifar_resnet_fast.training.config import TrainConfig, parse_flags
 from cifar_resnet_fast.verification import first_run, verdicts
 from cifar_resnet_fast.verification.first_run import verify_run
 from cifar_resnet_fast.verification.runner import Outcome
@@ -256,6 +256,18 @@ def test_on_a_cpu_nothing_is_checked(tmp_path, monkeypatch):
     arguments += " --milestones --no-selfcheck"
     assert train.main([*arguments.split(), "--out", str(tmp_path / "run")]) == 0
     assert "no_selfcheck" not in json.loads((tmp_path / "run/config.json").read_text())
+
+
+def test_the_flag_has_no_opposite(capsys):
+    config, given = parse_flags(["--no-selfcheck"])
+    assert config.no_selfcheck
+    assert given == {"no_selfcheck": True}
+    assert "no_selfcheck" not in parse_flags([])[1]
+    with pytest.raises(ValueError, match="unrecognized arguments: --no-no-selfcheck"):
+        parse_flags(["--no-no-selfcheck"])
+    with pytest.raises(SystemExit):
+        parse_flags(["--help"])
+    assert "--no-no-" not in capsys.readouterr().out
 
 
 def test_info_shows_the_verdicts(monkeypatch):

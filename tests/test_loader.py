@@ -1,5 +1,8 @@
 """The loader: draws that depend on (seed, epoch) alone, batches made from them, the window."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -266,6 +269,22 @@ def test_window_follows_the_seed():
     moving = make_loader(resident=False)
     for seed in (0, 1, 0):
         assert torch.equal(batch_of(moving, 2, seed)[0], batch_of(make_loader(), 2, seed)[0])
+
+
+def test_a_window_waits_as_it_is_told(monkeypatch):
+    """For the copy out of a half that is to be filled anew, on a stream that stands in."""
+    waited = []
+    loader = make_loader(400, 10, resident=False, wait=waited.append)
+    stream = SimpleNamespace(wait_stream=lambda _: None, wait_event=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    window = loader._window
+    window._cuda, window._stream = True, stream
+    window._filled = [SimpleNamespace(record=lambda: None) for _ in range(2)]
+    for step in range(loader.steps):
+        loader.prepare(step)
+    first, second = window._filled
+    assert waited == [first, second, first, second], "three chunks, and the next epoch's first"
 
 
 @pytest.mark.gpu

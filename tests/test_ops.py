@@ -195,7 +195,6 @@ def valid_calls():
             **{"metrics": torch.zeros(3, 4), "loss": torch.tensor(1.0)},
             **{"hits": torch.tensor(1.0), "skipped": torch.tensor(0, dtype=torch.int32)},
             **{"step": torch.tensor(0), "lr": torch.tensor(0.1), "schedule": torch.ones(4)},
-            "advance": True,
         },
         "shortcut_a": {"x": torch.randn(2, 4, 4, 4), "out_channels": 8, "stride": 2},
         "stage_border": {**z, "x": torch.randn(2, 8, 8, 8), "stride": 2},

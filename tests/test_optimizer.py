@@ -1,5 +1,7 @@
 """SGD over flat buffers against torch.optim.SGD, and averaged weights."""
 
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -187,6 +189,45 @@ def test_state_is_torchs(variant):
     train_both(ours, swapped_flat, theirs, swapped_plain)
     for value, same in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(value, same)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_groups_are_torchs(variant):
+    """Every setting, written down here, is what torch.optim.SGD's own dictionary has."""
+    settings = VARIANTS[variant]
+    theirs = plain_sgd(small_model(), **settings).state_dict()["param_groups"]
+    for group in theirs:
+        group["lr"] = 0.0  # a flat optimiser's is on the device, and the schedule's
+    assert FlatSGD(small_model(), **settings).state_dict()["param_groups"] == theirs
+
+
+WITHOUT_A_COMPILER = """
+import sys
+import torch
+from cifar_resnet_fast import FastResNet
+from cifar_resnet_fast.training.optimizers import FlatSGD
+
+def refused(*_, **__):
+    raise AssertionError("a torch optimiser is built")
+
+torch.optim.Optimizer.__init__ = refused
+model = FastResNet(8, implementation="reference")
+optimizer = FlatSGD(model, momentum=0.9, weight_decay=1e-4)
+optimizer.differentiate(model(torch.ones(2, 3, 8, 8)).sum())
+optimizer.step()
+state = optimizer.state_dict()
+optimizer.load_state_dict(state)
+found = [name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))]
+assert not found, found[:3]
+"""
+
+
+def test_the_first_state_dict_imports_no_compiler():
+    """It took 1.6 s, in which the GPU was idle in the first epoch."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_COMPILER], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_loss_scale_leaves_the_step_as_it_is():

@@ -32,20 +32,11 @@ def state(step, columns, steps, device):
 )
 def test_record(step, columns, steps, lr, implementation, device):
     made = state(step, columns, steps, device)
-    ops.record_step(**made, advance=True, implementation=implementation)
+    ops.record_step(**made, implementation=implementation)
     assert made["metrics"][:, step % columns].tolist() == [2.25, 77.0, 3.0]
     assert int(made["metrics"].isnan().sum()) == 3 * (columns - 1), "no other column is written"
     assert made["step"] == step + 1
     assert made["lr"] == lr
-
-
-@pytest.mark.parametrize("implementation", ["triton", "reference"])
-def test_a_step_that_does_not_count(implementation, device):
-    made = state(5, 4, 8, device)
-    ops.record_step(**made, advance=False, implementation=implementation)
-    assert made["metrics"][:, 1].tolist() == [2.25, 77.0, 3.0]
-    assert made["step"] == 5
-    assert made["lr"] == 6.0
 
 
 @pytest.mark.parametrize(
@@ -61,4 +52,4 @@ def test_a_step_that_does_not_count(implementation, device):
 )
 def test_bad_arguments(change, error, message):
     with pytest.raises(error, match=message):
-        ops.record_step(**{**state(0, 4, 8, "cpu"), **change}, advance=True)
+        ops.record_step(**{**state(0, 4, 8, "cpu"), **change})

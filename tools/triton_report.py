@@ -151,7 +151,6 @@ def launch_around_the_network(dtype: torch.dtype, H: int) -> None:
         empty(dtype=torch.int64),
         empty(),
         empty(7680),
-        advance=True,
     )
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from cifar_resnet_fast.data import shapes
+from cifar_resnet_fast.errors import first_line
 
 SHAPE = (32, 32, 3)
 NAMES = ("auto", "cifar10", "cifar100", "shapes")
@@ -180,7 +181,7 @@ def _ensure_cifar(name: str, root: Path) -> None:
                 cifar(root, train=False, download=True)
             return
         except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
     raise DataUnavailableError(
         f"{name} is not (whole) in {root}, {damaged}, and cannot be downloaded ({reason}): "
         f"{ways_out}"
@@ -276,7 +277,7 @@ def _load_npz(path: Path) -> Dataset:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[f"{key}.npy"] for key in headers}
     except Exception as error:  # a damaged file can make the readers stumble over anything
-        reason = str(error).splitlines()[0] if str(error) else "the file is truncated"
+        reason = first_line(error) if str(error) else "the file is truncated"
         raise ValueError(f"dataset {path}: {reason}") from None
     # [N, 1], as Keras has them, are as good as [N]
     labels = {key: arrays[key].reshape(-1) for key in ("y_train", "y_test")}
@@ -327,7 +328,7 @@ def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                 try:
                     shape, _, dtype = read(file)
                 except Exception as error:  # a header is Python source, and read as such
-                    reason = str(error).splitlines()[0]
+                    reason = first_line(error)
                     raise ValueError(f"{key} must have a whole header: {reason}") from None
                 headers[key] = shape, dtype
     return headers
@@ -432,5 +433,5 @@ def _read_picture(file: Path) -> np.ndarray:
                 )
             return np.asarray(picture.convert("RGB"))
     except Exception as error:  # a damaged file can make the readers stumble over anything
-        reason = str(error).splitlines()[0] if str(error) else "it is damaged"
+        reason = first_line(error) if str(error) else "it is damaged"
         raise ValueError(f"dataset picture {file}: {reason}") from None

@@ -11,6 +11,7 @@ the steps.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +103,7 @@ class Loader:
         rank, processes: makes the ``rank``-th part of each batch
         resident: whether the whole set lies on the device; None where it takes at most half of
             the free memory
+        wait: waits for an event of the device
 
     Raises:
         ValueError: ``batch_size`` is out of its range or does not split
@@ -123,6 +125,7 @@ class Loader:
         rank: int = 0,
         processes: int = 1,
         resident: bool | None = None,
+        wait: Callable[[torch.cuda.Event], None] = torch.cuda.Event.synchronize,
     ):
         if not 1 <= batch_size <= len(images):
             raise ValueError(
@@ -148,7 +151,7 @@ class Loader:
         if resident:
             self._images, self._labels = images.to(device), labels.to(device)
         else:
-            self._window = _Window(images, labels, self.part_size, self.steps, device)
+            self._window = _Window(images, labels, self.part_size, self.steps, device, wait)
             self._images, self._labels = self._window.images, self._window.labels
 
     @property
@@ -225,11 +228,19 @@ class _Window:
         part_size: pictures a step
         steps: an epoch
         device: of the window
+        wait: waits for an event
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, part_size: int, steps: int, device: torch.device
+        self,
+        images: Tensor,
+        labels: Tensor,
+        part_size: int,
+        steps: int,
+        device: torch.device,
+        wait: Callable[[torch.cuda.Event], None],
     ):
+        self._wait = wait
         self._all_images, self._all_labels = images, labels
         self._part_size, self._steps = part_size, steps
         self._chunk_steps = min(_CHUNK_STEPS, steps)
@@ -279,7 +290,7 @@ class _Window:
         half = chunk % 2
         place = slice(half * self._half, half * self._half + len(pictures))
         if self._cuda:
-            self._filled[half].synchronize()  # the copy out of this staging half has ended
+            self._wait(self._filled[half])  # the copy out of this staging half has ended
         torch.index_select(self._all_images, 0, pictures, out=self._staged_images[place])
         torch.index_select(self._all_labels, 0, pictures, out=self._staged_labels[place])
         stream = contextlib.nullcontext()

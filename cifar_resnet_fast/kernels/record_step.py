@@ -21,12 +21,11 @@ def _record_step_kernel(
     schedule_ptr,
     columns,
     steps,
-    ADVANCE: tl.constexpr,
 ):
     """One program owns everything."""
     step = tl.load(step_ptr)
     column = metrics_ptr + step % columns
-    following = step + ADVANCE
+    following = step + 1
     tl.store(column, tl.load(loss_ptr))
     tl.store(column + columns, tl.load(hits_ptr))
     tl.store(column + 2 * columns, tl.load(skipped_ptr).to(tl.float32))
@@ -42,8 +41,6 @@ def record_step(
     step: Tensor,
     lr: Tensor,
     schedule: Tensor,
-    *,
-    advance: bool,
 ) -> None:
     """See ``reference.record_step``; all tensors contiguous on one device."""
     launch.launch(
@@ -58,6 +55,5 @@ def record_step(
         schedule_ptr=schedule,
         columns=metrics.shape[1],
         steps=len(schedule),
-        ADVANCE=int(advance),
         num_warps=1,
     )

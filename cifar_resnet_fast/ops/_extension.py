@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from cifar_resnet_fast.errors import first_line
+
 _RECORD = Path(__file__).parents[1] / "_build_info.json"
 # what setup.py built, with what, and what it left out and why; empty where it never ran
 BUILD_INFO: dict = json.loads(_RECORD.read_text()) if _RECORD.exists() else {}
@@ -33,7 +35,7 @@ def _why_not_load(library: str) -> str | None:
     try:
         importlib.import_module(f"cifar_resnet_fast.{library}")
     except ImportError as error:
-        return f"{library} cannot be loaded: {str(error).splitlines()[0]}"
+        return f"{library} cannot be loaded: {first_line(error)}"
     return None
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops._checks import check_bool, check_dense
+from cifar_resnet_fast.ops._checks import check_dense
 from cifar_resnet_fast.ops._dispatch import choose
 
 
@@ -17,7 +17,6 @@ def record_step(
     lr: Tensor,
     schedule: Tensor,
     *,
-    advance: bool,
     implementation: str = "auto",
 ) -> None:
     """Write a step's metrics and the next step's number and learning rate; see
@@ -32,7 +31,6 @@ def record_step(
         step: [] int64, at least 0. written
         lr: [] float32. written
         schedule: [S] float32, contiguous, S at least 1
-        advance: whether the step counts
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
     Raises:
@@ -42,7 +40,6 @@ def record_step(
     """
     check_dense("metrics", metrics)
     check_dense("schedule", schedule)
-    check_bool("advance", advance)
     scalar = ()
     for name, tensor, shape, dtype in (
         ("metrics", metrics, (3, *metrics.shape[-1:]), torch.float32),
@@ -68,4 +65,4 @@ def record_step(
     run = reference.record_step
     if choose(implementation, metrics.device, "record_step") == "triton":
         from cifar_resnet_fast.kernels.record_step import record_step as run
-    run(metrics, loss, hits, skipped, step, lr, schedule, advance=advance)
+    run(metrics, loss, hits, skipped, step, lr, schedule)

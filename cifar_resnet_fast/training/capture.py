@@ -62,10 +62,15 @@ class Readback:
 
     Args:
         source: a tensor that steps write to
+        wait: waits for an event
     """
 
-    def __init__(self, source: torch.Tensor):
-        self._source = source
+    def __init__(
+        self,
+        source: torch.Tensor,
+        wait: Callable[[torch.cuda.Event], None] = torch.cuda.Event.synchronize,
+    ):
+        self._source, self._wait = source, wait
         self._values = torch.empty_like(source, device="cpu")
         self._event = None
         if source.device.type == "cuda":
@@ -85,5 +90,5 @@ class Readback:
     def values(self) -> torch.Tensor:
         """What was asked for last, waited for; overwritten by the next ``ask``."""
         if self._event is not None:
-            self._event.synchronize()
+            self._wait(self._event)
         return self._values

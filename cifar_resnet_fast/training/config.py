@@ -285,7 +285,9 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
         options: dict[str, Any] = {"help": item.metadata["help"]}
         hint = hints[item.name]
         if hint is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            # one that says no already has no opposite
+            negative = item.name.startswith("no_")
+            options["action"] = "store_true" if negative else argparse.BooleanOptionalAction
         elif typing.get_origin(hint) is tuple:
             options |= {"type": int, "nargs": "*", "metavar": "EPOCH"}
         else:

@@ -5,12 +5,15 @@ by a counter on the device. So it can be captured once, as a CUDA graph, and rep
 launch; where nothing captures, the same function runs as it is.
 """
 
+import gc
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.loader import Loader
+from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.capture import CudaGraphs, Readback
@@ -68,6 +71,7 @@ class Evaluator:
         image and of its mirror image.
         """
         self._processes.all_reduce(self._sums)
+        self._processes.wait()
         return tuple(value / self._loader.size for value in self._sums.tolist())
 
     def capture(self, capture: CudaGraphs) -> None:
@@ -177,7 +181,7 @@ class Engine:
         self._step = torch.zeros((), dtype=torch.int64, device=device)  # `done` on the device
         self._continue_from(0)
         self.metrics = torch.zeros((3, training.steps), device=device)
-        self._readback = Readback(self.metrics)
+        self._readback = Readback(self.metrics, processes.wait)
         self._replay = self._run
 
     @property
@@ -202,19 +206,20 @@ class Engine:
         self._training.prepare(self.done, self._seed)
         try:
             with _Kept(self._state()):
-                replay = capture(self._run, lambda: self._run(dummy=True))
+                self._replay = capture(self._run, lambda: self._run(dummy=True))
             self._evaluator.capture(capture)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            return str(error).splitlines()[0]
-        self._replay = replay
+            self.drop_graphs()
+            return first_line(error)
         return None
 
     def train_step(self) -> None:
         """Launch the next step of the run; nothing waits for it."""
         self._training.prepare(self.done, self._seed)
         self._replay()
+        self._processes.mark()
         self.done += 1
 
     def ask_metrics(self) -> None:
@@ -231,10 +236,13 @@ class Engine:
 
     def start_evaluation(self) -> None:
         """Launch the evaluation on all pictures of the testing loader; nothing waits for it."""
+        # what the next exchanges wait for is then no more than each other
+        self._processes.wait()
         averaged = [] if self._averaged is None else self._averaged.flats[1:]
         for flat in (*self._buffers, *averaged):
             self._processes.spread(flat)
         self._evaluator.start()
+        self._processes.mark()
         if self.done < len(self._schedule):
             # the next epoch is drawn while the device evaluates
             self._training.prepare(self.done, self._seed)
@@ -260,15 +268,21 @@ class Engine:
         self.optimizer.differentiate(logits.float().sum())
         return torch.cuda.max_memory_allocated(self._device) - before
 
-    def release(self) -> int:
-        """Give back what captured steps hold; returns the bytes that the device then has free."""
+    def drop_graphs(self) -> None:
+        """Take steps and evaluation as they are from now on; what was captured is gone."""
         self._replay = self._run
         self._evaluator.release()
+        gc.collect()
+
+    def release(self) -> int:
+        """Give back what captured steps hold; returns the bytes that the device then has free."""
+        self.drop_graphs()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self._device)[0]
 
     def is_finite(self) -> bool:
         """Whether no weight and no running statistic of the model is infinite or NaN."""
+        self._processes.wait()
         return all(bool(flat.isfinite().all()) for flat in self._flats)
 
     def state_dict(self) -> dict:
@@ -334,8 +348,9 @@ class Engine:
             self._step,
             optimizer.lr,
             self._schedule,
-            advance=not dummy,
         )
+        if dummy:
+            self._step -= 1  # afterwards: what is captured is to have been launched before
 
     def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss of the model on a batch, and images classified right."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.training.engine import Engine
 
@@ -28,7 +29,7 @@ def batch_must_fit(batch_size: int, processes: Processes, engine: Engine) -> Ite
         on_host = "can't allocate memory" in str(error)  # PyTorch has no class for it there
         if not on_host and not isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
     if on_host:
         raise BatchTooLargeError(f"batch_size must fit into memory, got {batch_size}: {reason}")

@@ -143,11 +143,11 @@ class FlatSGD:
 
     def state_dict(self) -> dict:
         """The momenta in torch.optim.SGD's format, as it has them with the same settings."""
-        state = self._torch_sgd().state_dict()
-        if self._settings["momentum"]:
-            places = enumerate(self._momentum_views)
-            state["state"] = {place: {"momentum_buffer": view} for place, view in places}
-        return state
+        kept = self._momentum_views if self._settings["momentum"] else ()
+        return {
+            "state": {place: {"momentum_buffer": view} for place, view in enumerate(kept)},
+            "param_groups": self._param_groups(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Take up momenta in torch.optim.SGD's format, this class's or that one's own.
@@ -156,7 +156,7 @@ class FlatSGD:
             ValueError: the state is of other parameters or of other settings; nothing has changed
         """
         for place, (ours, theirs) in enumerate(
-            zip(self._torch_sgd().param_groups, state["param_groups"], strict=False)
+            zip(self._param_groups(), state["param_groups"], strict=False)
         ):
             for name in ("momentum", "dampening", "weight_decay", "nesterov", "maximize"):
                 if ours[name] != theirs[name]:
@@ -182,9 +182,19 @@ class FlatSGD:
             # torch.optim.SGD has none before its first step, which then equals one from zero
             ours.zero_() if theirs is None else ours.copy_(theirs)
 
-    def _torch_sgd(self) -> torch.optim.SGD:
-        groups = [{"params": members, "weight_decay": decay} for members, decay in self._groups]
-        return torch.optim.SGD(groups, lr=0.0, **self._settings)
+    def _param_groups(self) -> list[dict]:
+        """As torch.optim.SGD has them, with its defaults for what is not set here.
+
+        Written down, for to build a torch optimiser imports PyTorch's compiler.
+        """
+        first, groups = 0, []
+        for members, decay in self._groups:
+            places = list(range(first, first + len(members)))
+            first += len(members)
+            settings = {"lr": 0.0, "dampening": 0, "weight_decay": decay, **self._settings}
+            unused = {"maximize": False, "differentiable": False, "foreach": None, "fused": None}
+            groups.append({**settings, **unused, "params": places})
+        return groups
 
 
 class AveragedWeights:

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from cifar_resnet_fast.checkpoint import read_checkpoint, save_checkpoint, write_atomically
 from cifar_resnet_fast.data.datasets import Dataset
 from cifar_resnet_fast.data.loader import Loader
+from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.capture import capture_for
@@ -65,6 +67,7 @@ class RunData:
             "device": processes.device,
             "rank": processes.rank,
             "processes": processes.count,
+            "wait": processes.wait,
         }
         self.training = Loader(
             dataset.x_train,
@@ -188,7 +191,8 @@ class Run:
         logbook = self._logbook()
         patient = self.processes.count > 1
         fits = batch_must_fit(config.batch_size, self.processes, self.engine)
-        with StopRequest(patient) as stop, logbook, fits, self._tracing(logbook):
+        captured = self._graphs_dropped()
+        with StopRequest(patient) as stop, logbook, captured, fits, self._tracing(logbook):
             for line in self._said:
                 logbook.say(line)
             self._capture(logbook)
@@ -244,6 +248,18 @@ class Run:
             reason = self.engine.capture(capture)
             if reason is not None:
                 logbook.say(f"steps run one kernel at a time, slower than captured: {reason}")
+
+    @contextlib.contextmanager
+    def _graphs_dropped(self) -> Iterator[None]:
+        """What is captured within is gone afterwards, for the processes cannot part before."""
+        try:
+            yield
+        except BaseException as error:
+            if self.processes.count > 1:  # the frame of a replay that failed holds its graph
+                traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            self.engine.drop_graphs()
 
     def _tracing(self, logbook: Logbook | SilentLogbook) -> contextlib.AbstractContextManager:
         """Records a few steps, if that is wanted: those of the first process."""
@@ -444,7 +460,7 @@ class Run:
                     f"undisturbed run"
                 )
         except Exception as error:  # a value of the wrong kind can make anything stumble
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ValueError(f"resume: checkpoint {path} does not fit the run: {reason}") from None
 
 

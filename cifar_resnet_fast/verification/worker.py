@@ -12,6 +12,7 @@ import traceback
 
 import torch
 
+from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.verification.budget import Unavailable, WrongResult
 from cifar_resnet_fast.verification.checks import Check
 from cifar_resnet_fast.verification.verdicts import FAILED, NOT_POSSIBLE, OK
@@ -33,20 +34,16 @@ def outcome_of(check: Check, device: torch.device) -> dict:
         elif found:
             reason = found
     except Unavailable as error:
-        verdict, reason = NOT_POSSIBLE, _first_line(error)
+        verdict, reason = NOT_POSSIBLE, first_line(error)
     except torch.OutOfMemoryError:
         verdict, reason, last = NOT_POSSIBLE, "out of memory", True
     except WrongResult as error:
-        verdict, reason = FAILED, f"wrong result: {_first_line(error)}"
+        verdict, reason = FAILED, f"wrong result: {first_line(error)}"
     except Exception as error:
         verdict, last = FAILED, True
         data = {"traceback": traceback.format_exc()}
-        reason = f"error: {type(error).__name__}: {_first_line(error)}"
+        reason = f"error: {type(error).__name__}: {first_line(error)}"
     return {"verdict": verdict, "reason": reason, "data": data, "last": last}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "no message")
 
 
 def main(catalogue: str, device_name: str, pipe: str) -> None:
