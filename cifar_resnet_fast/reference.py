@@ -232,8 +232,13 @@ def load_batch(
     batch_size: int,
     padding: int,
     cutout: int = 0,
-) -> tuple[Tensor, Tensor]:
+    mix: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """The batch of a step: gathered, cropped, flipped, normalised, with a square cut out.
+
+    With ``mix`` each image is then mixed with a partner, which was made in the same way: outside a
+    box it is ``weight * image + (1 - weight) * partner``, computed in float32, inside it is the
+    partner.
 
     Picture n of the batch has row ``step % (R / batch_size) * batch_size + n`` of the draws.
 
@@ -247,13 +252,34 @@ def load_batch(
         batch_size: B
         padding: pixels of zeros around the picture before the crop
         cutout: side of a square, cut at the picture's border, that is zero in the result; or 0
+        mix: [6, R / batch_size] float32 or None. of each step: weight; top, bottom, left and right
+            of the box, the second and the fourth exclusive; share of the first labels in the
+            loss. the draws then are [12, R], the second six those of the partners
 
     Returns:
         images: [B, 3, H, W], channels-last
         labels: [B] int64
+        labels_b: [B] int64, with ``mix`` only. of the partners
+        ratio: [] float32, with ``mix`` only. share of the first labels
 
-    Source: He et al. 2015, section 4.2; DeVries and Taylor 2017 (cutout).
+    Source: He et al. 2015, section 4.2; DeVries and Taylor 2017 (cutout); Zhang et al. 2018
+    (mixup); Yun et al. 2019 (cutmix).
     """
+    if mix is not None:
+        settings = {"batch_size": batch_size, "padding": padding, "cutout": cutout}
+        own, partner = (
+            load_batch(images, labels, values, part, step, **settings)
+            for part in (draws[:6], draws[6:])
+        )
+        weight, top, bottom, left, right, ratio = mix.index_select(
+            1, (step % mix.shape[1]).reshape(1)
+        )[:, 0]
+        blended = weight * own[0].float() + (1 - weight) * partner[0].float()
+        h = torch.arange(images.shape[1], device=images.device)[:, None]
+        w = torch.arange(images.shape[2], device=images.device)
+        inside = (h >= top) & (h < bottom) & (w >= left) & (w < right)
+        mixed = torch.where(inside, partner[0], blended.to(values.dtype))
+        return mixed, own[1], partner[1], ratio
     _, H, W, C = images.shape
     device = images.device
     rows = step % (draws.shape[1] // batch_size) * batch_size

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from rehearsal import Rehearsal
@@ -206,7 +207,8 @@ SETTINGS = {
     "fp16": ["--dtype", "fp16"],
     "nesterov-cutout": ["--nesterov", "--decay-weights-only", "--cutout", "8"],
     "fast": ["--recipe", "fast", "--ema-start", "1", "--evaluate-every", "2", "--tta", "flip"],
-    "best": ["--recipe", "best", "--evaluate-every", "3"],
+    "best": ["--recipe", "best", "--unmixed-epochs", "1", "--evaluate-every", "3"],
+    "mixed": ["--mixup", "1", "--cutmix", "0.5"],
     "one-cycle": ["--schedule", "one-cycle", "--final-lr", "0.1"],
 }
 
@@ -225,6 +227,7 @@ SETTINGS = {
         ("nesterov-cutout", [7]),
         ("fast", [6]),
         ("best", [7]),
+        ("mixed", [6]),
         ("one-cycle", [5]),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
@@ -378,6 +381,16 @@ def test_config_of_before_there_were_recipes_loads(finished):
     assert TrainConfig.from_dict(values) == known
 
 
+def test_one_class_cannot_be_mixed(tmp_path, capsys):
+    images, labels = numpy.zeros((16, 32, 32, 3), numpy.uint8), numpy.zeros(16, numpy.int64)
+    path = tmp_path / "one.npz"
+    numpy.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    for kind in ("mixup", "cutmix"):
+        flags = [*TINY, "--dataset", path, f"--{kind}", "1", "--out", tmp_path / "run"]
+        message = f"--{kind} must be 0 with training images of one class, got 1.0"
+        assert message in bad_input(flags, capsys)
+
+
 def test_mirror_images_of_a_checkpoint(finished, capsys):
     flags = ["--eval", str(finished / "checkpoint.pt"), "--limit", "64", "--tta", "flip"]
     assert main([*flags, "--device", "cpu"]) == 0
@@ -426,6 +439,10 @@ def bad_input(arguments, capsys):
         ),
         ("--ema-start 1", "--ema-start must be less than the 3 epochs, and left out without ema"),
         ("--ema 0.9 --ema-start 3", "--ema-start must be less than the 3 epochs"),
+        ("--mixup 1.5", "--mixup must be in 0 .. 1, got 1.5"),
+        ("--cutmix -1", "--cutmix must be in 0 .. 1, got -1.0"),
+        ("--unmixed-epochs 1", "--unmixed-epochs must be less than the 3 epochs, and left out"),
+        ("--mixup 1 --unmixed-epochs 3", "--unmixed-epochs must be less than the 3 epochs"),
         ("--evaluate-every 0", "--evaluate-every must be at least 1, got 0"),
         ("--cutout -1", "--cutout must be 0 or more, got -1"),
         ("--seed -1", "--seed must be in 0 .. 2**63 - 1, got -1"),

@@ -95,6 +95,15 @@ class TrainConfig:
         FLIPS,
     )
     cutout: int = _flag(0, "side of the square taken away from each training picture (0: none)")
+    mixup: float = _flag(
+        0.0,
+        "blend each image with another: parameter of the Beta distribution of its share, up to 1 "
+        "(0: none); with --cutmix too, each step has one of them",
+    )
+    cutmix: float = _flag(
+        0.0, "paste a box of another image into each: parameter of its share, up to 1 (0: none)"
+    )
+    unmixed_epochs: int = _flag(0, "last epochs of the run without --mixup and --cutmix")
     ema: float = _flag(0.0, "decay a step of averaged weights to evaluate with; 0 for none")
     ema_start: float = _flag(
         0.0, "epochs after which the average starts, as a copy of the weights of then"
@@ -165,7 +174,14 @@ class TrainConfig:
             ("evaluate_every", 1),
         ):
             self._check(name, lambda v, low=minimum: v is None or v >= low, f"at least {minimum}")
-        for name in ("validation", "warmup_epochs", "weight_decay", "cutout", "ema_start"):
+        for name in (
+            "validation",
+            "warmup_epochs",
+            "weight_decay",
+            "cutout",
+            "ema_start",
+            "unmixed_epochs",
+        ):
             self._check(name, lambda v: v >= 0 and math.isfinite(v), "0 or more")
         for name in ("lr", "timeout"):
             self._check(name, lambda v: v > 0 and math.isfinite(v), "more than 0")
@@ -187,6 +203,13 @@ class TrainConfig:
         self._check("nesterov", lambda v: not v or self.momentum > 0, "off where momentum is 0")
         for name in ("momentum", "label_smoothing", "ema"):
             self._check(name, lambda v: 0 <= v < 1, "at least 0 and less than 1")
+        for name in ("mixup", "cutmix"):
+            self._check(name, lambda v: 0 <= v <= 1, "in 0 .. 1")
+        self._check(
+            "unmixed_epochs",
+            lambda v: v == 0 or ((self.mixup > 0 or self.cutmix > 0) and v < self.epochs),
+            f"less than the {self.epochs} epochs, and left out without mixup and cutmix",
+        )
         self._check("final_lr", lambda v: 0 <= v <= 1, "a share of the peak, 0 .. 1")
         self._check(
             "final_lr",

@@ -34,6 +34,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup_epochs": 5.0,
         "flip": "alternating",
         "cutout": 16,
+        "mixup": 1.0,
+        "unmixed_epochs": 20,
         "ema": 0.999,
     },
 }
