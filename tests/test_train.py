@@ -16,7 +16,7 @@ from rehearsal import Rehearsal
 
 from cifar_resnet_fast import FastResNet, load_checkpoint
 from cifar_resnet_fast.train import main
-from cifar_resnet_fast.training.config import TrainConfig
+from cifar_resnet_fast.training.config import TrainConfig, parse_flags
 from cifar_resnet_fast.training.engine import Engine
 from cifar_resnet_fast.training.recipes import RECIPES
 
@@ -206,7 +206,7 @@ SETTINGS = {
     "bf16": ["--dtype", "bf16"],
     "fp16": ["--dtype", "fp16"],
     "nesterov-cutout": ["--nesterov", "--decay-weights-only", "--cutout", "8"],
-    "fast": ["--recipe", "fast", "--ema-start", "1", "--evaluate-every", "2", "--tta", "flip"],
+    "fast": ["--recipe", "fast", "--evaluate-every", "2", "--tta", "flip"],
     "best": ["--recipe", "best", "--unmixed-epochs", "1", "--evaluate-every", "3"],
     "mixed": ["--mixup", "1", "--cutmix", "0.5"],
     "one-cycle": ["--schedule", "one-cycle", "--final-lr", "0.1"],
@@ -354,7 +354,8 @@ def test_flags_change_a_recipe_and_config_json_records_it(tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert config["recipe"] == "fast"
     given = {"nesterov": False, "ema_start": 1.0, "epochs": 2, "lr": 0.1, "warmup_epochs": 1.0}
-    for name, value in {**RECIPES["fast"], "batch_size": 16, **given}.items():
+    of_16 = {"batch_size": 16, "ema": pytest.approx(0.99 ** (16 / 1024 * 48 / 2))}
+    for name, value in {**RECIPES["fast"], **of_16, **given}.items():
         assert config[name] == value, name
     first, last = metrics(out)
     assert not any(name.startswith("test_") for name in first)
@@ -372,10 +373,59 @@ def test_paper_is_the_defaults():
         TrainConfig.of_recipe("slow")
 
 
+SHORT = {
+    "paper": {"warmup_epochs": 0.25, "milestones": (4, 6), "lr": 1.2},
+    "fast": {"warmup_epochs": 0.5, "ema_start": 8 / 3, "ema": 0.99**6, "lr": 1.2},
+    "best": {"warmup_epochs": 0.25, "unmixed_epochs": 1, "ema": 0.999**20, "lr": 0.8},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_shorter_run_has_the_same_shares(recipe):
+    short = TrainConfig.of_recipe(recipe, epochs=8)
+    for name, value in SHORT[recipe].items():
+        assert getattr(short, name) == pytest.approx(value), name
+    usual = TrainConfig.of_recipe(recipe)
+    assert {name: getattr(usual, name) for name in RECIPES[recipe]} == RECIPES[recipe]
+    given = TrainConfig.of_recipe(recipe, epochs=8, warmup_epochs=2.0, milestones=(3,), ema=0.5)
+    assert (given.warmup_epochs, given.milestones, given.ema) == (2.0, (3,), 0.5)
+    for epochs in (1, 2, 3, 1000):
+        TrainConfig.of_recipe(recipe, epochs=epochs)  # no setting breaks its rule
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_another_batch_size_changes_the_rate_in_proportion(recipe):
+    usual, half = TrainConfig.of_recipe(recipe), RECIPES[recipe]["batch_size"] // 2
+    smaller = TrainConfig.of_recipe(recipe, batch_size=half)
+    assert smaller.lr == pytest.approx(usual.lr / 2)
+    assert smaller.ema == pytest.approx(usual.ema**0.5)
+    assert smaller.warmup_epochs == usual.warmup_epochs
+    assert TrainConfig.of_recipe(recipe, batch_size=half, lr=0.3).lr == 0.3
+
+
+def test_flags_alone_change_nothing_else():
+    """Without --recipe the settings are the paper's whatever the epochs: as before recipes."""
+    values = vars(parse_flags(["--epochs", "8", "--batch-size", "64"])[0])
+    assert values == {**vars(TrainConfig()), "epochs": 8, "batch_size": 64}
+    named, _ = parse_flags("--recipe paper --epochs 8 --batch-size 64".split())
+    assert (named.milestones, named.lr) == ((4, 6), pytest.approx(1.2 / 16))
+
+
+def test_what_is_switched_off_takes_its_settings_along():
+    assert TrainConfig.of_recipe("fast", ema=0.0).ema_start == 0
+    assert TrainConfig.of_recipe("fast", schedule="step").final_lr == 0
+    assert TrainConfig.of_recipe("fast", momentum=0.0).nesterov is False
+    assert TrainConfig.of_recipe("best", mixup=0.0).unmixed_epochs == 0
+    assert TrainConfig.of_recipe("best", mixup=0.0, cutmix=1.0).unmixed_epochs == 20
+    with pytest.raises(ValueError, match="ema_start must be .* left out without ema, got 3.0"):
+        TrainConfig.of_recipe("fast", ema=0.0, ema_start=3.0)
+
+
 def test_config_of_before_there_were_recipes_loads(finished):
     values = json.loads((finished / "config.json").read_text())
     known = TrainConfig.from_dict(values)
-    new = "recipe schedule final_lr flip ema_start zero_init_last evaluate_every tta".split()
+    new = "recipe schedule final_lr flip ema_start zero_init_last evaluate_every tta mixup cutmix "
+    new = [*new.split(), "unmixed_epochs"]
     for name in new:
         del values[name]
     assert TrainConfig.from_dict(values) == known

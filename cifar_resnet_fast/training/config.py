@@ -13,7 +13,7 @@ from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.datasets import NAMES
 from cifar_resnet_fast.data.loader import FLIPS
 from cifar_resnet_fast.resnet import check_depth
-from cifar_resnet_fast.training.recipes import RECIPES
+from cifar_resnet_fast.training.recipes import RECIPES, settings_of
 from cifar_resnet_fast.training.schedules import SCHEDULES
 
 
@@ -61,7 +61,11 @@ class TrainConfig:
     limit: int | None = _flag(None, "use only the first so many pictures of each split")
 
     recipe: str = _flag(
-        "paper", "named settings, which the other flags change one by one", tuple(RECIPES)
+        "paper",
+        "named settings, which the other flags change one by one. If it is given with --epochs, "
+        "its warm-up, milestones, start of the average and unmixed epochs keep their share of the "
+        "run; with --batch-size, its learning rate changes in proportion",
+        tuple(RECIPES),
     )
     epochs: int = _flag(160, "passes over the training pictures")
     batch_size: int = _flag(
@@ -244,10 +248,13 @@ class TrainConfig:
 
     @classmethod
     def of_recipe(cls, recipe: str, **changes: Any) -> "TrainConfig":
-        """The settings of a named recipe, one of ``RECIPES``, with some of them changed."""
+        """The settings of a named recipe, one of ``RECIPES``, with some of them changed.
+
+        ``recipes.settings_of`` says what goes with other epochs or another batch size.
+        """
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-        return cls(**{**RECIPES[recipe], "recipe": recipe, **changes})
+        return cls(recipe=recipe, **settings_of(recipe, changes))
 
     def to_dict(self) -> dict[str, Any]:
         """What is trained, as plain values for config.json; not what is about the call."""
@@ -331,7 +338,7 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
     given = vars(parser.parse_args(arguments))
     if "milestones" in given:
         given["milestones"] = tuple(given["milestones"])
-    return TrainConfig.of_recipe(**{"recipe": "paper", **given}), given
+    return (TrainConfig.of_recipe if "recipe" in given else TrainConfig)(**given), given
 
 
 class _Parser(argparse.ArgumentParser):
