@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cifar_resnet_fast import ops, reference
 from cifar_resnet_fast.data.loader import CROP_PADDING, Loader, draw_epoch, draw_mix
@@ -66,6 +67,17 @@ def test_draws_are_uniform():
     centres = torch.bincount(draws.cy * 32 + draws.cx, minlength=1024)
     assert (centres - 90_000 / 1024).abs().max() < 5 * 9.4
     assert len(centres) == 1024
+
+
+def test_corners_of_other_paddings():
+    draws = draw_epoch(seed=0, epoch=0, size=50_000, padding=2)
+    for offsets in (draws.dy, draws.dx):
+        counts = torch.bincount(offsets)
+        assert len(counts) == 5
+        assert (counts - 10_000).abs().max() < 5 * 90  # binomial, deviation 89
+    usual = draw_epoch(seed=0, epoch=0, size=50_000)
+    assert torch.equal(draws.order, usual.order)
+    assert not draw_epoch(seed=0, epoch=0, size=10, padding=0).dy.any()
 
 
 def test_seeds_and_epochs_differ():
@@ -215,6 +227,32 @@ def test_kernel_has_the_references_bits(dtype, cutout, device):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("H", "W", "padding"), [(32, 32, 4), (5, 7, 4), (33, 31, 30), (1, 1, 0)])
+def test_reflected_borders(H, W, padding, device):
+    """The kernel, its twin and torchvision's way: pad, crop, flip."""
+    given = {**arguments(H=H, W=W, device=device), "padding": padding}
+    generator = torch.Generator().manual_seed(2)
+    corners = torch.randint(2 * padding + 1, given["draws"][1:3].shape, generator=generator)
+    corners[:, 3:5] = torch.tensor([[0, 2 * padding], [2 * padding, 0]])
+    given["draws"][1:3] = corners.int().to(device)
+    found = {
+        name: ops.load_batch(**given, padding_mode="reflect", implementation=name)[0]
+        for name in ("triton", "reference")
+    }
+    assert torch.equal(found["triton"], found["reference"])
+    around = F.pad(given["images"].permute(0, 3, 1, 2).double(), (padding,) * 4, mode="reflect")
+    for image, (index, dy, dx, flip, _, _) in zip(
+        found["reference"], given["draws"][:, 3:6].T.tolist(), strict=True
+    ):
+        if index < 0:
+            continue
+        crop = around[index, :, dy : dy + H, dx : dx + W].long()
+        crop = crop.flip(2) if flip else crop
+        expected = given["values"][crop.permute(1, 2, 0), torch.arange(3, device=device)]
+        assert torch.equal(image.permute(1, 2, 0), expected)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
     ("H", "W"), [(1, 1), (5, 7), (33, 31)], ids=["one-pixel", "smaller-than-padding", "ragged"]
 )
@@ -315,6 +353,16 @@ def test_reference_pixel_by_pixel():
         ({"step": torch.tensor(1, device="meta")}, ValueError, "step must be on the device"),
         ({"batch_size": 0}, ValueError, "multiple of the batch size 0"),
         ({"cutout": -1}, ValueError, "cutout must be 0 or more"),
+        (
+            {"padding_mode": "edge"},
+            ValueError,
+            "padding_mode must be zeros or reflect, got 'edge'",
+        ),
+        (
+            {"padding_mode": "reflect", "padding": 32},
+            ValueError,
+            "padding must be less than 32 pixels to be reflected, got 32",
+        ),
     ],
 )
 def test_bad_arguments(change, error, message):

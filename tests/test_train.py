@@ -208,7 +208,16 @@ SETTINGS = {
     "nesterov-cutout": ["--nesterov", "--decay-weights-only", "--cutout", "8"],
     "fast": ["--recipe", "fast", "--evaluate-every", "2", "--tta", "flip"],
     "best": ["--recipe", "best", "--unmixed-epochs", "1", "--evaluate-every", "3"],
-    "mixed": ["--mixup", "1", "--cutmix", "0.5"],
+    "mixed": [
+        "--mixup",
+        "1",
+        "--cutmix",
+        "0.5",
+        "--crop-padding",
+        "2",
+        "--padding-mode",
+        "reflect",
+    ],
     "one-cycle": ["--schedule", "one-cycle", "--final-lr", "0.1"],
 }
 
@@ -425,7 +434,7 @@ def test_config_of_before_there_were_recipes_loads(finished):
     values = json.loads((finished / "config.json").read_text())
     known = TrainConfig.from_dict(values)
     new = "recipe schedule final_lr flip ema_start zero_init_last evaluate_every tta mixup cutmix "
-    new = [*new.split(), "unmixed_epochs"]
+    new = [*new.split(), "unmixed_epochs", "crop_padding", "padding_mode"]
     for name in new:
         del values[name]
     assert TrainConfig.from_dict(values) == known
@@ -489,6 +498,8 @@ def bad_input(arguments, capsys):
         ),
         ("--ema-start 1", "--ema-start must be less than the 3 epochs, and left out without ema"),
         ("--ema 0.9 --ema-start 3", "--ema-start must be less than the 3 epochs"),
+        ("--crop-padding 32", "--crop-padding must be in 0 .. 31, got 32"),
+        ("--padding-mode edge", "--padding-mode: invalid choice: 'edge'"),
         ("--mixup 1.5", "--mixup must be in 0 .. 1, got 1.5"),
         ("--cutmix -1", "--cutmix must be in 0 .. 1, got -1.0"),
         ("--unmixed-epochs 1", "--unmixed-epochs must be less than the 3 epochs, and left out"),

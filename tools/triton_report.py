@@ -126,7 +126,7 @@ def launch_around_the_network(dtype: torch.dtype, H: int) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     batches = 48
-    for sets, mix in ((1, None), (2, empty(6, batches))):
+    for sets, mix, mode in ((1, None, "zeros"), (2, empty(6, batches), "reflect")):
         load_batch(
             empty(50_000, H, H, 3, dtype=torch.uint8),
             empty(50_000, dtype=torch.int64),
@@ -135,6 +135,7 @@ def launch_around_the_network(dtype: torch.dtype, H: int) -> None:
             empty(dtype=torch.int64),
             batch_size=BATCH,
             padding=4,
+            padding_mode=mode,
             cutout=8,
             mix=mix,
         )

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from cifar_resnet_fast import ops
 
-CROP_PADDING = 4  # pixels of zeros on each side (He et al. 2015, section 4.2)
+CROP_PADDING = 4  # pixels on each side (He et al. 2015, section 4.2)
+PADDING_MODES = ("zeros", "reflect")
 FLIPS = ("random", "alternating")
 # keys of streams beside those of the epochs
 _NO_EPOCH = 2**64 - 1  # draws that are the same in all epochs
@@ -33,7 +34,7 @@ class EpochDraws:
     """The random draws of one epoch over ``size`` pictures, on the CPU.
 
     order: [size] int64. the picture at each place of the epoch
-    dy, dx: [size] int64 in 0 .. 2 * CROP_PADDING. corner of its crop
+    dy, dx: [size] int64 in 0 .. 2 * padding. corner of its crop
     flip: [size] bool. whether it is mirrored
     cy, cx: [size] int64 in 0 .. 31. centre of the square that cutout takes away
     """
@@ -46,7 +47,9 @@ class EpochDraws:
     cx: Tensor
 
 
-def draw_epoch(seed: int, epoch: int, size: int, flip: str = "random") -> EpochDraws:
+def draw_epoch(
+    seed: int, epoch: int, size: int, flip: str = "random", padding: int = CROP_PADDING
+) -> EpochDraws:
     """The draws of an epoch: the same for the same arguments, everywhere and for ever.
 
     Args:
@@ -56,10 +59,11 @@ def draw_epoch(seed: int, epoch: int, size: int, flip: str = "random") -> EpochD
         flip: ``random`` draws anew whether an image is mirrored; ``alternating`` draws once for
             each image whether that is in the even or in the odd epochs, so that two epochs in
             succession have both (Jordan 2024, section 3.6)
+        padding: pixels on each side of an image before its crop
     """
     keys, bits, centre = _philox(seed, epoch, 3 * size).reshape(3, size)
     order = np.argsort(keys, kind="stable")
-    offsets = np.uint64(2 * CROP_PADDING + 1)
+    offsets = np.uint64(2 * padding + 1)
     # 31 bits an offset, whose remainder by 9 is uniform to 4e-9; the top bit for the flip
     dy = (bits & np.uint64(0x7FFFFFFF)) % offsets
     dx = ((bits >> np.uint64(31)) & np.uint64(0x7FFFFFFF)) % offsets
@@ -137,6 +141,8 @@ class Loader:
             the last batch filled up with black pictures of label -1
         cutout: side of the square taken away from each augmented picture, or 0
         flip: of augmented images, as ``draw_epoch`` has it
+        crop_padding: pixels on each side of an augmented image before its crop
+        padding_mode: one of ``PADDING_MODES``: what these pixels are
         mixup, cutmix: of augmented images, as ``draw_mix`` has them. An image's partner is the one
             at its place in the reversed batch of all processes
         mixed_epochs: the epochs from this one on are not mixed; None if all are
@@ -161,6 +167,8 @@ class Loader:
         augmented: bool = True,
         cutout: int = 0,
         flip: str = "random",
+        crop_padding: int = CROP_PADDING,
+        padding_mode: str = "zeros",
         mixup: float = 0.0,
         cutmix: float = 0.0,
         mixed_epochs: int | None = None,
@@ -182,6 +190,7 @@ class Loader:
         self.part_size = batch_size // processes  # this process's pictures of a batch
         self._augmented, self._cutout = augmented, cutout if augmented else 0
         self._flip = flip
+        self._padding, self._padding_mode = crop_padding, padding_mode
         self._rank, self._processes = rank, processes
         self._kinds = (mixup, cutmix) if augmented and (mixup or cutmix) else None
         self._mixed_epochs = mixed_epochs
@@ -256,7 +265,8 @@ class Loader:
             self._draws,
             step,
             batch_size=self.part_size,
-            padding=CROP_PADDING,
+            padding=self._padding,
+            padding_mode=self._padding_mode,
             cutout=self._cutout,
             mix=self._mix,
         )
@@ -271,11 +281,11 @@ class Loader:
         """[6 or 12, steps * part_size] int32, on the CPU. The epoch's draws, of this process's
         part; with mixing those of the partners after them."""
         if self._augmented:
-            draws = draw_epoch(seed, epoch, self.size, self._flip)
+            draws = draw_epoch(seed, epoch, self.size, self._flip, self._padding)
             columns = (draws.order, draws.dy, draws.dx, draws.flip, draws.cy, draws.cx)
             table = torch.stack([column.int() for column in columns])
         else:
-            table = torch.tensor([0, CROP_PADDING, CROP_PADDING, 0, 0, 0], dtype=torch.int32)
+            table = torch.tensor([0, self._padding, self._padding, 0, 0, 0], dtype=torch.int32)
             table = table[:, None].repeat(1, self.steps * self.batch_size)
             table[0] = torch.arange(table.shape[1])
             table[0, self.size :] = -1

@@ -32,10 +32,12 @@ def _image(
     padding,
     cutout,
     CUTOUT: tl.constexpr,
+    REFLECT: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """[BLOCK_P, 4] value[p, c] = values[images[index, h + dy - padding, w' + dx - padding, c], c]
-    of the image that ``row`` of the draws names; and its label."""
+    of the image that ``row`` of the draws names, reflected at its border if REFLECT; and its
+    label."""
     index = tl.load(draws_ptr + row).to(tl.int64)
     dy = tl.load(draws_ptr + rows + row)
     dx = tl.load(draws_ptr + 2 * rows + row)
@@ -49,6 +51,9 @@ def _image(
     w = offs_p % W
     from_h = h + dy - padding
     from_w = tl.where(flip != 0, W - 1 - w, w) + dx - padding
+    if REFLECT:
+        from_h = H - 1 - tl.abs(H - 1 - tl.abs(from_h))
+        from_w = W - 1 - tl.abs(W - 1 - tl.abs(from_w))
     inside_p = present & (h < H) & (from_h >= 0) & (from_h < H) & (from_w >= 0) & (from_w < W)
     inside_pc = inside_p[:, None] & (offs_c < 3)[None, :]
     offs_pc = (from_h * W + from_w)[:, None] * 3 + offs_c[None, :]
@@ -83,6 +88,7 @@ def _load_batch_kernel(
     padding,
     cutout,
     CUTOUT: tl.constexpr,
+    REFLECT: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """batch[n] = image, or weight * image + (1 - weight) * partner outside and partner inside the
@@ -102,6 +108,7 @@ def _load_batch_kernel(
         padding,
         cutout,
         CUTOUT,
+        REFLECT,
         BLOCK_P,
     )
     tl.store(batch_labels_ptr + n, label)
@@ -122,6 +129,7 @@ def _load_batch_kernel(
             padding,
             cutout,
             CUTOUT,
+            REFLECT,
             BLOCK_P,
         )
         tl.store(batch_labels_ptr + tl.num_programs(0) + n, label_b)
@@ -149,6 +157,7 @@ def load_batch(
     *,
     batch_size: int,
     padding: int,
+    padding_mode: str,
     cutout: int,
     mix: Tensor | None,
 ) -> tuple[Tensor, ...]:
@@ -183,6 +192,7 @@ def load_batch(
         padding=padding,
         cutout=cutout,
         CUTOUT=cutout > 0,
+        REFLECT=padding_mode == "reflect",
         BLOCK_P=triton.next_power_of_2(H * W),
         num_warps=4,
         enable_fp_fusion=False,

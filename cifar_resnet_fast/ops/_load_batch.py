@@ -54,6 +54,7 @@ def load_batch(
     *,
     batch_size: int,
     padding: int,
+    padding_mode: str = "zeros",
     cutout: int = 0,
     mix: Tensor | None = None,
     implementation: str = "auto",
@@ -75,6 +76,7 @@ def load_batch(
         step: [] int64
         batch_size: at least 1
         padding: 0 .. 64
+        padding_mode: ``zeros``, or ``reflect``, with padding less than H and W
         cutout: 0 .. 2**31 - 1
         mix: [6, R / batch_size] float32, contiguous, or None. how each step's images are mixed
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
@@ -131,8 +133,24 @@ def load_batch(
     for name, number, most in (("padding", padding, 64), ("cutout", cutout, 2**31 - 1)):
         if not 0 <= number <= most:
             raise ValueError(f"{name} must be 0 or more and at most {most}, got {number}")
+    if padding_mode not in ("zeros", "reflect"):
+        raise ValueError(f"padding_mode must be zeros or reflect, got {padding_mode!r}")
+    if padding_mode == "reflect" and padding >= min(H, W):
+        raise ValueError(
+            f"padding must be less than {min(H, W)} pixels to be reflected, got {padding}"
+        )
     run = reference.load_batch
     if choose(implementation, images.device, "load_batch") == "triton":
         from cifar_resnet_fast.kernels.augment import load_batch as run
-    sizes = {"batch_size": batch_size, "padding": padding, "cutout": cutout, "mix": mix}
-    return run(images, labels, values, draws, step, **sizes)
+    return run(
+        images,
+        labels,
+        values,
+        draws,
+        step,
+        batch_size=batch_size,
+        padding=padding,
+        padding_mode=padding_mode,
+        cutout=cutout,
+        mix=mix,
+    )

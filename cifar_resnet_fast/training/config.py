@@ -11,7 +11,7 @@ from typing import Any
 
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.datasets import NAMES
-from cifar_resnet_fast.data.loader import FLIPS
+from cifar_resnet_fast.data.loader import CROP_PADDING, FLIPS, PADDING_MODES
 from cifar_resnet_fast.resnet import check_depth
 from cifar_resnet_fast.training.recipes import RECIPES, settings_of
 from cifar_resnet_fast.training.schedules import SCHEDULES
@@ -97,6 +97,14 @@ class TrainConfig:
         "random",
         "mirror each training image at random, or in every second epoch",
         FLIPS,
+    )
+    crop_padding: int = _flag(
+        CROP_PADDING, "pixels around each training image before its random crop"
+    )
+    padding_mode: str = _flag(
+        "zeros",
+        "what these pixels are: black, or the image reflected at its border",
+        PADDING_MODES,
     )
     cutout: int = _flag(0, "side of the square taken away from each training picture (0: none)")
     mixup: float = _flag(
@@ -214,6 +222,7 @@ class TrainConfig:
             lambda v: v == 0 or ((self.mixup > 0 or self.cutmix > 0) and v < self.epochs),
             f"less than the {self.epochs} epochs, and left out without mixup and cutmix",
         )
+        self._check("crop_padding", lambda v: 0 <= v < 32, "in 0 .. 31")
         self._check("final_lr", lambda v: 0 <= v <= 1, "a share of the peak, 0 .. 1")
         self._check(
             "final_lr",

@@ -78,6 +78,8 @@ class RunData:
             batch_size=config.batch_size,
             cutout=config.cutout,
             flip=config.flip,
+            crop_padding=config.crop_padding,
+            padding_mode=config.padding_mode,
             mixup=config.mixup,
             cutmix=config.cutmix,
             mixed_epochs=config.epochs - config.unmixed_epochs,
