@@ -127,9 +127,11 @@ def train(
         BatchTooLargeError, FloatingPointError, ProcessLostError: as ``Run.train``
         KeyboardInterrupt: the user stopped the run, whose checkpoint is written
     """
-    if config.eval is not None or config.runs != 1:
-        name = "runs" if config.eval is None else "eval"
-        raise ValueError(f"{name} must be left to the command line, got {getattr(config, name)}")
+    for name, default in (("eval", None), ("config", None), ("runs", 1)):
+        if getattr(config, name) != default:
+            raise ValueError(
+                f"{name} must be left to the command line, got {getattr(config, name)}"
+            )
     if config.resume and config.out:
         raise ValueError(f"out must be left out with resume, got {config.out}")
     defaults = TrainConfig()

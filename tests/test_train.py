@@ -440,6 +440,33 @@ def test_config_of_before_there_were_recipes_loads(finished):
     assert TrainConfig.from_dict(values) == known
 
 
+def test_config_of_another_run_is_taken_and_changed(finished, tmp_path, capsys):
+    given = ["--config", finished / "config.json"]
+    again, out = tmp_path / "again", tmp_path / "other"
+    assert main([*map(str, given), "--device", "cpu", "--out", str(again)]) == 0
+    assert_same_end(again, finished)
+    changes = ["--device", "cpu", "--lr", "0.05", "--epochs", "1"]
+    assert main([*map(str, given), *changes, "--out", str(out)]) == 0
+    before = json.loads((finished / "config.json").read_text())
+    after = json.loads((out / "config.json").read_text())
+    assert after == {**before, "lr": 0.05, "epochs": 1, "device": "cpu"}
+    for flag, value in (("--recipe", "fast"), ("--resume", finished), ("--eval", "x.pt")):
+        assert f"{flag} must be left out with --config, got {value}" in bad_input(
+            [*given, flag, value], capsys
+        )
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "7", '{"lr": "high"}', '{"rate": 1}', b"\xff"]
+)
+def test_config_that_is_none(content, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = f"--config must be a run's config.json, got {path}: "
+    assert message in bad_input(["--config", path], capsys)
+
+
 def test_one_class_cannot_be_mixed(tmp_path, capsys):
     images, labels = numpy.zeros((16, 32, 32, 3), numpy.uint8), numpy.zeros(16, numpy.int64)
     path = tmp_path / "one.npz"

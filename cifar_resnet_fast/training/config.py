@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import re
 import sys
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cifar_resnet_fast import ops
@@ -153,6 +155,9 @@ class TrainConfig:
     )
 
     out: str | None = _flag(None, "folder of the run, new or empty; default: a new one in runs/")
+    config: str | None = _flag(
+        None, "config.json of a run, whose settings the other flags change one by one"
+    )
     resume: str | None = _flag(None, "folder of a stopped run to continue with its own settings")
     eval: str | None = _flag(None, "checkpoint to evaluate on the test set, without training")
     mean: str | None = _flag(
@@ -287,6 +292,7 @@ class TrainConfig:
 # what is about the call, not about the training
 PLACES = (
     "out",
+    "config",
     "resume",
     "eval",
     "mean",
@@ -347,7 +353,22 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
     given = vars(parser.parse_args(arguments))
     if "milestones" in given:
         given["milestones"] = tuple(given["milestones"])
-    return (TrainConfig.of_recipe if "recipe" in given else TrainConfig)(**given), given
+    if "config" not in given:
+        return (TrainConfig.of_recipe if "recipe" in given else TrainConfig)(**given), given
+    for name in ("recipe", "resume", "eval"):
+        if name in given:
+            raise ValueError(
+                f"{name} must be left out with {flag_of('config')}, got {given[name]}"
+            )
+    return dataclasses.replace(_read_config(given["config"]), **given), given
+
+
+def _read_config(path: str) -> TrainConfig:
+    try:
+        return TrainConfig.from_dict(json.loads(Path(path).read_text()))
+    except (ValueError, AttributeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"config must be a run's config.json, got {path}: {reason}") from None
 
 
 class _Parser(argparse.ArgumentParser):
