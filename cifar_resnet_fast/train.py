@@ -362,6 +362,16 @@ def _resumed(
         raise ValueError(
             f"epochs must be at least the resumed run's {begun.epochs}, got {given['epochs']}"
         )
+    if given.get("epochs", begun.epochs) > begun.epochs:
+        if begun.schedule != "step":
+            bound = f"schedule {begun.schedule}"
+        else:
+            bound = f"{flag_of('unmixed_epochs')} {begun.unmixed_epochs}"
+        if begun.schedule != "step" or begun.unmixed_epochs:
+            raise ValueError(
+                f"epochs must be left out or be the resumed run's {begun.epochs}, to which its "
+                f"{bound} is fitted, got {given['epochs']}"
+            )
     free = {name: given[name] for name in _FREE_ON_RESUME & given.keys()}
     return _with_precision(replace(begun, **free)), folder
 

@@ -467,6 +467,43 @@ def test_config_that_is_none(content, tmp_path, capsys):
     assert message in bad_input(["--config", path], capsys)
 
 
+@pytest.mark.parametrize(
+    ("settings", "fitted"),
+    [
+        (["--schedule", "linear"], "schedule linear"),
+        (["--recipe", "best"], "schedule cosine"),
+        (["--mixup", "1", "--unmixed-epochs", "1"], "--unmixed-epochs 1"),
+    ],
+)
+def test_schedule_of_a_resumed_run_is_its_own(settings, fitted, tmp_path, capsys):
+    out = run(*settings, "--epochs", 2, out=tmp_path / "run")
+    before = (out / "config.json").read_text()
+    message = f"left out or be the resumed run's 2, to which its {fitted} is fitted, got 3"
+    assert message in bad_input(["--resume", out, "--epochs", 3], capsys)
+    assert (out / "config.json").read_text() == before
+    assert main(["--resume", str(out), "--epochs", "2"]) == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_run_to_their_end(recipe, tmp_path):
+    """Each with nothing given but the size of the run."""
+    small = "--dataset shapes --limit 64 --depth 8 --batch-size 16 --epochs 3 --device cpu"
+    out = tmp_path / "run"
+    assert main([*small.split(), "--recipe", recipe, "--out", str(out)]) == 0
+    assert [row["epoch"] for row in metrics(out)] == [1, 2, 3]
+    config = json.loads((out / "config.json").read_text())
+    expected = TrainConfig.of_recipe(recipe, epochs=3, batch_size=16).to_dict()
+    scaled = (
+        "recipe lr warmup_epochs milestones schedule ema ema_start mixup unmixed_epochs cutout"
+    )
+    assert {name: config[name] for name in scaled.split()} == {
+        name: expected[name] for name in scaled.split()
+    }
+    averaged, trained = checkpoint(out)["state_dict"], checkpoint(out)["engine"]["model"]
+    same = all(torch.equal(trained[name], value) for name, value in averaged.items())
+    assert same == (recipe == "paper"), "the averaged weights are evaluated"
+
+
 def test_one_class_cannot_be_mixed(tmp_path, capsys):
     images, labels = numpy.zeros((16, 32, 32, 3), numpy.uint8), numpy.zeros(16, numpy.int64)
     path = tmp_path / "one.npz"
@@ -527,6 +564,8 @@ def bad_input(arguments, capsys):
         ("--ema 0.9 --ema-start 3", "--ema-start must be less than the 3 epochs"),
         ("--crop-padding 32", "--crop-padding must be in 0 .. 31, got 32"),
         ("--padding-mode edge", "--padding-mode: invalid choice: 'edge'"),
+        ("--padding-mode reflect --crop-padding 0", "--padding-mode must be zeros with a crop"),
+        ("--cutmix 1 --batch-size 1", "--cutmix must be 0 with batches of one image, which have"),
         ("--mixup 1.5", "--mixup must be in 0 .. 1, got 1.5"),
         ("--cutmix -1", "--cutmix must be in 0 .. 1, got -1.0"),
         ("--unmixed-epochs 1", "--unmixed-epochs must be less than the 3 epochs, and left out"),

@@ -222,6 +222,16 @@ class TrainConfig:
             self._check(name, lambda v: 0 <= v < 1, "at least 0 and less than 1")
         for name in ("mixup", "cutmix"):
             self._check(name, lambda v: 0 <= v <= 1, "in 0 .. 1")
+            self._check(
+                name,
+                lambda v: v == 0 or self.batch_size > 1,
+                "0 with batches of one image, which have no partner",
+            )
+        self._check(
+            "padding_mode",
+            lambda v: v == "zeros" or self.crop_padding > 0,
+            "zeros with a crop padding of 0",
+        )
         self._check(
             "unmixed_epochs",
             lambda v: v == 0 or ((self.mixup > 0 or self.cutmix > 0) and v < self.epochs),
