@@ -186,17 +186,26 @@ def linear_cross_entropy(
     return ratio * loss + (1 - ratio) * loss_b, ratio * hits + (1 - ratio) * hits_b
 
 
-def augment(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int) -> Tensor:
-    """Random crop of a zero-padded image, then horizontal flip, with the draws given.
+def augment(
+    images: Tensor,
+    dy: Tensor,
+    dx: Tensor,
+    flip: Tensor,
+    padding: int,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """Random crop of a padded image, then horizontal flip, with the draws given.
 
-    Output pixel (h, w) is input pixel (h + dy - padding, w' + dx - padding), or 0 outside the
-    image, where w' is w, or W - 1 - w where the image is flipped.
+    Output pixel (h, w) is input pixel (h + dy - padding, w' + dx - padding), with w' = w, or
+    W - 1 - w if the image is flipped. Outside the image it is 0, or with ``reflect`` the pixel as
+    far inside of the border pixel as it is outside.
 
     Args:
         images: [N, H, W, C] uint8
         dy, dx: [N] integers in 0 .. 2 * padding. the crop's corner in the padded image
         flip: [N] bool
-        padding: pixels of zeros on each side
+        padding: pixels on each side
+        padding_mode: ``zeros`` or ``reflect``, as torch.nn.functional.pad has it
 
     Returns:
         [N, H, W, C] uint8
@@ -204,7 +213,12 @@ def augment(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int) 
     Source: He et al. 2015, section 4.2; the order is torchvision's RandomCrop, then flip.
     """
     N, H, W, _ = images.shape
-    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    if padding_mode == "reflect":
+        # not of bytes
+        planes = images.permute(0, 3, 1, 2).float()
+        padded = F.pad(planes, (padding,) * 4, mode="reflect").permute(0, 2, 3, 1).byte()
+    else:
+        padded = F.pad(images, (0, 0, padding, padding, padding, padding))
     columns = torch.arange(W, device=images.device)
     columns = torch.where(flip[:, None], W - 1 - columns, columns)
     rows = torch.arange(H, device=images.device) + dy[:, None]
@@ -237,9 +251,15 @@ def load_batch(
     *,
     batch_size: int,
     padding: int,
+    padding_mode: str = "zeros",
     cutout: int = 0,
-) -> tuple[Tensor, Tensor]:
+    mix: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """The batch of a step: gathered, cropped, flipped, normalised, with a square cut out.
+
+    With ``mix`` each image is then mixed with a partner, which was made in the same way: outside a
+    box it is ``weight * image + (1 - weight) * partner``, computed in float32, inside it is the
+    partner.
 
     Picture n of the batch has row ``step % (R / batch_size) * batch_size + n`` of the draws.
 
@@ -251,22 +271,52 @@ def load_batch(
             one with label -1; dy, dx, flip as ``augment`` has them; cy, cx, centre of the square
         step: [] int64. which batch; on the device, so that nothing waits for it
         batch_size: B
-        padding: pixels of zeros around the picture before the crop
+        padding, padding_mode: around the image before the crop, as ``augment`` has them
         cutout: side of a square, cut at the picture's border, that is zero in the result; or 0
+        mix: [6, R / batch_size] float32 or None. of each step: weight; top, bottom, left and right
+            of the box, the second and the fourth exclusive; share of the first labels in the
+            loss. the draws then are [12, R], the second six those of the partners
 
     Returns:
         images: [B, 3, H, W], channels-last
         labels: [B] int64
+        labels_b: [B] int64, with ``mix`` only. of the partners
+        ratio: [] float32, with ``mix`` only. share of the first labels
 
-    Source: He et al. 2015, section 4.2; DeVries and Taylor 2017 (cutout).
+    Source: He et al. 2015, section 4.2; DeVries and Taylor 2017 (cutout); Zhang et al. 2018
+    (mixup); Yun et al. 2019 (cutmix).
     """
+    if mix is not None:
+        own, partner = (
+            load_batch(
+                images,
+                labels,
+                values,
+                part,
+                step,
+                batch_size=batch_size,
+                padding=padding,
+                padding_mode=padding_mode,
+                cutout=cutout,
+            )
+            for part in (draws[:6], draws[6:])
+        )
+        weight, top, bottom, left, right, ratio = mix.index_select(
+            1, (step % mix.shape[1]).reshape(1)
+        )[:, 0]
+        blended = weight * own[0].float() + (1 - weight) * partner[0].float()
+        h = torch.arange(images.shape[1], device=images.device)[:, None]
+        w = torch.arange(images.shape[2], device=images.device)
+        inside = (h >= top) & (h < bottom) & (w >= left) & (w < right)
+        mixed = torch.where(inside, partner[0], blended.to(values.dtype))
+        return mixed, own[1], partner[1], ratio
     _, H, W, C = images.shape
     device = images.device
     rows = step % (draws.shape[1] // batch_size) * batch_size
     index, dy, dx, flip, cy, cx = draws[:, rows + torch.arange(batch_size, device=device)].long()
     present = index >= 0
     gathered = images[index] * present[:, None, None, None]
-    crops = augment(gathered, dy, dx, flip.bool(), padding)
+    crops = augment(gathered, dy, dx, flip.bool(), padding, padding_mode)
     batch = values[crops.long(), torch.arange(C, device=device)]
     if cutout:
         below_top = torch.arange(H, device=device) - (cy[:, None] - cutout // 2)

@@ -127,9 +127,11 @@ def train(
         BatchTooLargeError, FloatingPointError, ProcessLostError: as ``Run.train``
         KeyboardInterrupt: the user stopped the run, whose checkpoint is written
     """
-    if config.eval is not None or config.runs != 1:
-        name = "runs" if config.eval is None else "eval"
-        raise ValueError(f"{name} must be left to the command line, got {getattr(config, name)}")
+    for name, default in (("eval", None), ("config", None), ("runs", 1)):
+        if getattr(config, name) != default:
+            raise ValueError(
+                f"{name} must be left to the command line, got {getattr(config, name)}"
+            )
     if config.resume and config.out:
         raise ValueError(f"out must be left out with resume, got {config.out}")
     defaults = TrainConfig()
@@ -375,6 +377,16 @@ def _resumed(
         raise ValueError(
             f"epochs must be at least the resumed run's {begun.epochs}, got {given['epochs']}"
         )
+    if given.get("epochs", begun.epochs) > begun.epochs:
+        if begun.schedule != "step":
+            bound = f"schedule {begun.schedule}"
+        else:
+            bound = f"{flag_of('unmixed_epochs')} {begun.unmixed_epochs}"
+        if begun.schedule != "step" or begun.unmixed_epochs:
+            raise ValueError(
+                f"epochs must be left out or be the resumed run's {begun.epochs}, to which its "
+                f"{bound} is fitted, got {given['epochs']}"
+            )
     free = {name: given[name] for name in _FREE_ON_RESUME & given.keys()}
     return _with_precision(replace(begun, **free)), folder
 

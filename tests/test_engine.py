@@ -87,6 +87,8 @@ VARIANTS = {
         "mirrored": True,
         "loader": {"flip": "alternating"},
     },
+    "mixed": {"loader": {"mixup": 1.0, "cutmix": 1.0}},
+    "mixed-window": {"loader": {"mixup": 1.0, "resident": False}},
     "bf16": {"dtype": torch.bfloat16},
     "window": {"loader": {"resident": False}},
 }

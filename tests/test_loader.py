@@ -5,11 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cifar_resnet_fast import ops, reference
-from cifar_resnet_fast.data.loader import CROP_PADDING, Loader, draw_epoch
+from cifar_resnet_fast.data.loader import CROP_PADDING, Loader, draw_epoch, draw_mix
 
 STATISTICS = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+# seed 3, epoch 7: weight; top, bottom, left and right; share of 4 steps
+MIX = [
+    [1.0, 1.0, 1.0, 0.7135651],
+    [4.0, 1.0, 13.0, 0.0],
+    [32.0, 15.0, 32.0, 0.0],
+    [0.0, 5.0, 2.0, 0.0],
+    [21.0, 19.0, 32.0, 0.0],
+    [0.4257812, 0.8085938, 0.4433594, 0.7135651],
+]
 
 
 def pictures(n):
@@ -62,10 +72,90 @@ def test_draws_are_uniform():
     assert len(centres) == 1024
 
 
+def test_corners_of_other_paddings():
+    draws = draw_epoch(seed=0, epoch=0, size=50_000, padding=2)
+    for offsets in (draws.dy, draws.dx):
+        counts = torch.bincount(offsets)
+        assert len(counts) == 5
+        assert (counts - 10_000).abs().max() < 5 * 90  # binomial, deviation 89
+    usual = draw_epoch(seed=0, epoch=0, size=50_000)
+    assert torch.equal(draws.order, usual.order)
+    assert not draw_epoch(seed=0, epoch=0, size=10, padding=0).dy.any()
+
+
 def test_seeds_and_epochs_differ():
     orders = [draw_epoch(seed, epoch, 100).order for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert not torch.equal(orders[0], orders[1])
     assert not torch.equal(orders[0], orders[2])
+
+
+def test_mix_draws_never_change():
+    """A ratio is made by powers, whose last bit is the platform's; a pixel's border is not."""
+    mix = draw_mix(3, 7, 4, 32, 1.0, 1.0)
+    torch.testing.assert_close(mix, torch.tensor(MIX), rtol=1e-6, atol=0)
+    assert torch.equal(mix[1:5], torch.tensor(MIX)[1:5])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.2, 0.001])
+def test_mix_ratios_are_of_the_beta_distribution(alpha):
+    steps = 40_000
+    ratio = draw_mix(0, 1, steps, 32, alpha, 0.0)[0].double()
+    assert ratio.min() >= 0
+    assert ratio.max() <= 1
+    # mean 1/2 and variance 1/4 / (2 alpha + 1); the fourth central moment is at most variance / 4
+    variance = 0.25 / (2 * alpha + 1)
+    assert abs(ratio.mean() - 0.5) < 5 * (variance / steps) ** 0.5
+    assert abs((ratio - 0.5).square().mean() - variance) < 5 * (variance / 4 / steps) ** 0.5
+
+
+def test_cutmix_shares_are_what_the_boxes_leave():
+    steps = 4000
+    weight, top, bottom, left, right, share = draw_mix(0, 0, steps, 32, 0.0, 1.0).double()
+    assert torch.equal(weight, torch.ones_like(weight))
+    assert torch.equal(
+        torch.stack((top, bottom, left, right)).round().clamp(0, 32),
+        torch.stack((top, bottom, left, right)),
+    )
+    torch.testing.assert_close(share, 1 - (bottom - top) * (right - left) / 1024)
+    kinds = draw_mix(0, 0, steps, 32, 1.0, 1.0)
+    boxes = kinds[0] == 1
+    # binomial, deviation 32
+    assert abs(boxes.sum().item() - steps / 2) < 5 * 32
+    assert torch.equal(kinds[0][~boxes], kinds[5][~boxes])
+    assert not kinds[1:5, ~boxes].any()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_partners_are_the_reversed_batch_of_all_processes(kind, processes):
+    whole = batch_of(make_loader(**{kind: 1.0}), 13)
+    parts = [
+        batch_of(make_loader(**{kind: 1.0}, rank=rank, processes=processes), 13)
+        for rank in range(processes)
+    ]
+    for place in range(3):
+        assert torch.equal(torch.cat([part[place] for part in parts]), whole[place])
+    assert all(torch.equal(part[3], whole[3]) for part in parts)
+    assert torch.equal(whole[2], whole[1].flip(0))
+    assert not torch.equal(whole[0], batch_of(make_loader(), 13)[0])
+
+
+def test_last_epochs_are_not_mixed():
+    usual, mixed = make_loader(), make_loader(mixup=1.0, mixed_epochs=2)
+    for step in (11, 12):
+        images, labels, _, ratio = batch_of(mixed, step)
+        assert torch.equal(labels, batch_of(usual, step)[1])
+        assert torch.equal(images, batch_of(usual, step)[0]) == (step == 12) == (ratio == 1)
+
+
+def test_mixing_through_the_window():
+    for step in (0, 5, 6, 13):
+        ours = batch_of(make_loader(mixup=1.0, cutmix=1.0, resident=False), step)
+        theirs = batch_of(make_loader(mixup=1.0, cutmix=1.0), step)
+        for our, their in zip(ours, theirs, strict=True):
+            assert torch.equal(our, their)
+    with pytest.raises(ValueError, match="mixup and cutmix must be 0 with several processes"):
+        make_loader(mixup=1.0, resident=False, processes=2)
 
 
 @pytest.mark.parametrize("size", [1, 7, 2000])
@@ -140,6 +230,32 @@ def test_kernel_has_the_references_bits(dtype, cutout, device):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("H", "W", "padding"), [(32, 32, 4), (5, 7, 4), (33, 31, 30), (1, 1, 0)])
+def test_reflected_borders(H, W, padding, device):
+    """The kernel, its twin and torchvision's way: pad, crop, flip."""
+    given = {**arguments(H=H, W=W, device=device), "padding": padding}
+    generator = torch.Generator().manual_seed(2)
+    corners = torch.randint(2 * padding + 1, given["draws"][1:3].shape, generator=generator)
+    corners[:, 3:5] = torch.tensor([[0, 2 * padding], [2 * padding, 0]])
+    given["draws"][1:3] = corners.int().to(device)
+    found = {
+        name: ops.load_batch(**given, padding_mode="reflect", implementation=name)[0]
+        for name in ("triton", "reference")
+    }
+    assert torch.equal(found["triton"], found["reference"])
+    around = F.pad(given["images"].permute(0, 3, 1, 2).double(), (padding,) * 4, mode="reflect")
+    for image, (index, dy, dx, flip, _, _) in zip(
+        found["reference"], given["draws"][:, 3:6].T.tolist(), strict=True
+    ):
+        if index < 0:
+            continue
+        crop = around[index, :, dy : dy + H, dx : dx + W].long()
+        crop = crop.flip(2) if flip else crop
+        expected = given["values"][crop.permute(1, 2, 0), torch.arange(3, device=device)]
+        assert torch.equal(image.permute(1, 2, 0), expected)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
     ("H", "W"), [(1, 1), (5, 7), (33, 31)], ids=["one-pixel", "smaller-than-padding", "ragged"]
 )
@@ -148,6 +264,64 @@ def test_kernel_at_other_sizes(H, W, device):
     ours, _ = ops.load_batch(**given, cutout=2, implementation="triton")
     images, _ = ops.load_batch(**given, cutout=2, implementation="reference")
     assert torch.equal(ours, images)
+
+
+def mixed_arguments(mix, **settings):
+    given = arguments(**settings)
+    given["draws"] = torch.cat((given["draws"], given["draws"].flip(1))).contiguous()
+    given["mix"] = torch.tensor(mix, device=given["draws"].device).T.contiguous()
+    return given
+
+
+BOXES = {
+    "blended": [0.3, 0.0, 0.0, 0.0, 0.0, 0.3],
+    "box": [1.0, 3.0, 20.0, 5.0, 32.0, 0.5],
+    "as-it-is": [1.0, 0.0, 0.0, 0.0, 0.0, 1.0],
+    "partner": [1.0, 0.0, 32.0, 0.0, 32.0, 0.0],
+}
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.float16,
+        # the interpreter's conversion to bfloat16 does not round
+        pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+)
+def test_mixing_kernel_has_the_references_bits(dtype, box, device):
+    given = mixed_arguments([BOXES["as-it-is"], BOXES[box]], dtype=dtype, device=device)
+    ours = ops.load_batch(**given, cutout=8, implementation="triton")
+    twins = ops.load_batch(**given, cutout=8, implementation="reference")
+    assert len(ours) == 4
+    for our, twin in zip(ours, twins, strict=True):
+        assert torch.equal(our, twin)
+    parts = []
+    for draws in given["draws"].split(6):
+        plain = {**given, "draws": draws.contiguous(), "mix": None}
+        parts.append(ops.load_batch(**plain, cutout=8, implementation="reference"))
+    assert torch.equal(ours[1], parts[0][1])
+    assert torch.equal(ours[2], parts[1][1])
+    own, partner = parts[0][0], parts[1][0]
+    assert not torch.equal(own, partner)
+    weight, top, bottom, left, right, ratio = BOXES[box]
+    right_one = (weight * own.double() + (1 - weight) * partner.double()).to(dtype)
+    place = (..., slice(int(top), int(bottom)), slice(int(left), int(right)))
+    right_one[place] = partner[place]
+    spacing = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours[0], right_one, rtol=spacing, atol=4 * spacing)
+    assert ours[3] == torch.tensor(ratio)
+
+
+def test_mix_must_fit_the_draws():
+    given = mixed_arguments([BOXES["box"]])
+    with pytest.raises(ValueError, match="mix must have 2 columns, got 1"):
+        ops.load_batch(**given)
+    with pytest.raises(ValueError, match="draws must be contiguous with shape"):
+        ops.load_batch(**{**given, "draws": given["draws"][:6]})
 
 
 def test_reference_pixel_by_pixel():
@@ -182,6 +356,16 @@ def test_reference_pixel_by_pixel():
         ({"step": torch.tensor(1, device="meta")}, ValueError, "step must be on the device"),
         ({"batch_size": 0}, ValueError, "multiple of the batch size 0"),
         ({"cutout": -1}, ValueError, "cutout must be 0 or more"),
+        (
+            {"padding_mode": "edge"},
+            ValueError,
+            "padding_mode must be zeros or reflect, got 'edge'",
+        ),
+        (
+            {"padding_mode": "reflect", "padding": 32},
+            ValueError,
+            "padding must be less than 32 pixels to be reflected, got 32",
+        ),
     ],
 )
 def test_bad_arguments(change, error, message):

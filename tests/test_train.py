@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from rehearsal import Rehearsal
 
 from cifar_resnet_fast import FastResNet, load_checkpoint
 from cifar_resnet_fast.train import main
-from cifar_resnet_fast.training.config import TrainConfig
+from cifar_resnet_fast.training.config import TrainConfig, parse_flags
 from cifar_resnet_fast.training.engine import Engine
 from cifar_resnet_fast.training.recipes import RECIPES
 
@@ -205,8 +206,18 @@ SETTINGS = {
     "bf16": ["--dtype", "bf16"],
     "fp16": ["--dtype", "fp16"],
     "nesterov-cutout": ["--nesterov", "--decay-weights-only", "--cutout", "8"],
-    "fast": ["--recipe", "fast", "--ema-start", "1", "--evaluate-every", "2", "--tta", "flip"],
-    "best": ["--recipe", "best", "--evaluate-every", "3"],
+    "fast": ["--recipe", "fast", "--evaluate-every", "2", "--tta", "flip"],
+    "best": ["--recipe", "best", "--unmixed-epochs", "1", "--evaluate-every", "3"],
+    "mixed": [
+        "--mixup",
+        "1",
+        "--cutmix",
+        "0.5",
+        "--crop-padding",
+        "2",
+        "--padding-mode",
+        "reflect",
+    ],
     "one-cycle": ["--schedule", "one-cycle", "--final-lr", "0.1"],
 }
 
@@ -225,6 +236,7 @@ SETTINGS = {
         ("nesterov-cutout", [7]),
         ("fast", [6]),
         ("best", [7]),
+        ("mixed", [6]),
         ("one-cycle", [5]),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
@@ -351,7 +363,8 @@ def test_flags_change_a_recipe_and_config_json_records_it(tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert config["recipe"] == "fast"
     given = {"nesterov": False, "ema_start": 1.0, "epochs": 2, "lr": 0.1, "warmup_epochs": 1.0}
-    for name, value in {**RECIPES["fast"], "batch_size": 16, **given}.items():
+    of_16 = {"batch_size": 16, "ema": pytest.approx(0.99 ** (16 / 1024 * 48 / 2))}
+    for name, value in {**RECIPES["fast"], **of_16, **given}.items():
         assert config[name] == value, name
     first, last = metrics(out)
     assert not any(name.startswith("test_") for name in first)
@@ -369,13 +382,136 @@ def test_paper_is_the_defaults():
         TrainConfig.of_recipe("slow")
 
 
+SHORT = {
+    "paper": {"warmup_epochs": 0.25, "milestones": (4, 6), "lr": 1.2},
+    "fast": {"warmup_epochs": 0.5, "ema_start": 8 / 3, "ema": 0.99**6, "lr": 1.2},
+    "best": {"warmup_epochs": 0.25, "unmixed_epochs": 1, "ema": 0.999**20, "lr": 0.8},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_shorter_run_has_the_same_shares(recipe):
+    short = TrainConfig.of_recipe(recipe, epochs=8)
+    for name, value in SHORT[recipe].items():
+        assert getattr(short, name) == pytest.approx(value), name
+    usual = TrainConfig.of_recipe(recipe)
+    assert {name: getattr(usual, name) for name in RECIPES[recipe]} == RECIPES[recipe]
+    given = TrainConfig.of_recipe(recipe, epochs=8, warmup_epochs=2.0, milestones=(3,), ema=0.5)
+    assert (given.warmup_epochs, given.milestones, given.ema) == (2.0, (3,), 0.5)
+    for epochs in (1, 2, 3, 1000):
+        TrainConfig.of_recipe(recipe, epochs=epochs)  # no setting breaks its rule
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_another_batch_size_changes_the_rate_in_proportion(recipe):
+    usual, half = TrainConfig.of_recipe(recipe), RECIPES[recipe]["batch_size"] // 2
+    smaller = TrainConfig.of_recipe(recipe, batch_size=half)
+    assert smaller.lr == pytest.approx(usual.lr / 2)
+    assert smaller.ema == pytest.approx(usual.ema**0.5)
+    assert smaller.warmup_epochs == usual.warmup_epochs
+    assert TrainConfig.of_recipe(recipe, batch_size=half, lr=0.3).lr == 0.3
+
+
+def test_flags_alone_change_nothing_else():
+    """Without --recipe the settings are the paper's whatever the epochs: as before recipes."""
+    values = vars(parse_flags(["--epochs", "8", "--batch-size", "64"])[0])
+    assert values == {**vars(TrainConfig()), "epochs": 8, "batch_size": 64}
+    named, _ = parse_flags("--recipe paper --epochs 8 --batch-size 64".split())
+    assert (named.milestones, named.lr) == ((4, 6), pytest.approx(1.2 / 16))
+
+
+def test_what_is_switched_off_takes_its_settings_along():
+    assert TrainConfig.of_recipe("fast", ema=0.0).ema_start == 0
+    assert TrainConfig.of_recipe("fast", schedule="step").final_lr == 0
+    assert TrainConfig.of_recipe("fast", momentum=0.0).nesterov is False
+    assert TrainConfig.of_recipe("best", mixup=0.0).unmixed_epochs == 0
+    assert TrainConfig.of_recipe("best", mixup=0.0, cutmix=1.0).unmixed_epochs == 20
+    with pytest.raises(ValueError, match="ema_start must be .* left out without ema, got 3.0"):
+        TrainConfig.of_recipe("fast", ema=0.0, ema_start=3.0)
+
+
 def test_config_of_before_there_were_recipes_loads(finished):
     values = json.loads((finished / "config.json").read_text())
     known = TrainConfig.from_dict(values)
-    new = "recipe schedule final_lr flip ema_start zero_init_last evaluate_every tta".split()
+    new = "recipe schedule final_lr flip ema_start zero_init_last evaluate_every tta mixup cutmix "
+    new = [*new.split(), "unmixed_epochs", "crop_padding", "padding_mode"]
     for name in new:
         del values[name]
     assert TrainConfig.from_dict(values) == known
+
+
+def test_config_of_another_run_is_taken_and_changed(finished, tmp_path, capsys):
+    given = ["--config", finished / "config.json"]
+    again, out = tmp_path / "again", tmp_path / "other"
+    assert main([*map(str, given), "--device", "cpu", "--out", str(again)]) == 0
+    assert_same_end(again, finished)
+    changes = ["--device", "cpu", "--lr", "0.05", "--epochs", "1"]
+    assert main([*map(str, given), *changes, "--out", str(out)]) == 0
+    before = json.loads((finished / "config.json").read_text())
+    after = json.loads((out / "config.json").read_text())
+    assert after == {**before, "lr": 0.05, "epochs": 1, "device": "cpu"}
+    for flag, value in (("--recipe", "fast"), ("--resume", finished), ("--eval", "x.pt")):
+        assert f"{flag} must be left out with --config, got {value}" in bad_input(
+            [*given, flag, value], capsys
+        )
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "7", '{"lr": "high"}', '{"rate": 1}', b"\xff"]
+)
+def test_config_that_is_none(content, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = f"--config must be a run's config.json, got {path}: "
+    assert message in bad_input(["--config", path], capsys)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fitted"),
+    [
+        (["--schedule", "linear"], "schedule linear"),
+        (["--recipe", "best"], "schedule cosine"),
+        (["--mixup", "1", "--unmixed-epochs", "1"], "--unmixed-epochs 1"),
+    ],
+)
+def test_schedule_of_a_resumed_run_is_its_own(settings, fitted, tmp_path, capsys):
+    out = run(*settings, "--epochs", 2, out=tmp_path / "run")
+    before = (out / "config.json").read_text()
+    message = f"left out or be the resumed run's 2, to which its {fitted} is fitted, got 3"
+    assert message in bad_input(["--resume", out, "--epochs", 3], capsys)
+    assert (out / "config.json").read_text() == before
+    assert main(["--resume", str(out), "--epochs", "2"]) == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_run_to_their_end(recipe, tmp_path):
+    """Each with nothing given but the size of the run."""
+    small = "--dataset shapes --limit 64 --depth 8 --batch-size 16 --epochs 3 --device cpu"
+    out = tmp_path / "run"
+    assert main([*small.split(), "--recipe", recipe, "--out", str(out)]) == 0
+    assert [row["epoch"] for row in metrics(out)] == [1, 2, 3]
+    config = json.loads((out / "config.json").read_text())
+    expected = TrainConfig.of_recipe(recipe, epochs=3, batch_size=16).to_dict()
+    scaled = (
+        "recipe lr warmup_epochs milestones schedule ema ema_start mixup unmixed_epochs cutout"
+    )
+    assert {name: config[name] for name in scaled.split()} == {
+        name: expected[name] for name in scaled.split()
+    }
+    averaged, trained = checkpoint(out)["state_dict"], checkpoint(out)["engine"]["model"]
+    same = all(torch.equal(trained[name], value) for name, value in averaged.items())
+    assert same == (recipe == "paper"), "the averaged weights are evaluated"
+
+
+def test_one_class_cannot_be_mixed(tmp_path, capsys):
+    images, labels = numpy.zeros((16, 32, 32, 3), numpy.uint8), numpy.zeros(16, numpy.int64)
+    path = tmp_path / "one.npz"
+    numpy.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    for kind in ("mixup", "cutmix"):
+        flags = [*TINY, "--dataset", path, f"--{kind}", "1", "--out", tmp_path / "run"]
+        message = f"--{kind} must be 0 with training images of one class, got 1.0"
+        assert message in bad_input(flags, capsys)
 
 
 def test_mirror_images_of_a_checkpoint(finished, capsys):
@@ -426,6 +562,14 @@ def bad_input(arguments, capsys):
         ),
         ("--ema-start 1", "--ema-start must be less than the 3 epochs, and left out without ema"),
         ("--ema 0.9 --ema-start 3", "--ema-start must be less than the 3 epochs"),
+        ("--crop-padding 32", "--crop-padding must be in 0 .. 31, got 32"),
+        ("--padding-mode edge", "--padding-mode: invalid choice: 'edge'"),
+        ("--padding-mode reflect --crop-padding 0", "--padding-mode must be zeros with a crop"),
+        ("--cutmix 1 --batch-size 1", "--cutmix must be 0 with batches of one image, which have"),
+        ("--mixup 1.5", "--mixup must be in 0 .. 1, got 1.5"),
+        ("--cutmix -1", "--cutmix must be in 0 .. 1, got -1.0"),
+        ("--unmixed-epochs 1", "--unmixed-epochs must be less than the 3 epochs, and left out"),
+        ("--mixup 1 --unmixed-epochs 3", "--unmixed-epochs must be less than the 3 epochs"),
         ("--evaluate-every 0", "--evaluate-every must be at least 1, got 0"),
         ("--cutout -1", "--cutout must be 0 or more, got -1"),
         ("--seed -1", "--seed must be in 0 .. 2**63 - 1, got -1"),

@@ -125,16 +125,20 @@ def launch_around_the_network(dtype: torch.dtype, H: int) -> None:
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    load_batch(
-        empty(50_000, H, H, 3, dtype=torch.uint8),
-        empty(50_000, dtype=torch.int64),
-        empty(256, 3, dtype=dtype),
-        empty(6, 48 * BATCH, dtype=torch.int32),
-        empty(dtype=torch.int64),
-        batch_size=BATCH,
-        padding=4,
-        cutout=8,
-    )
+    batches = 48
+    for sets, mix, mode in ((1, None, "zeros"), (2, empty(6, batches), "reflect")):
+        load_batch(
+            empty(50_000, H, H, 3, dtype=torch.uint8),
+            empty(50_000, dtype=torch.int64),
+            empty(256, 3, dtype=dtype),
+            empty(6 * sets, batches * BATCH, dtype=torch.int32),
+            empty(dtype=torch.int64),
+            batch_size=BATCH,
+            padding=4,
+            padding_mode=mode,
+            cutout=8,
+            mix=mix,
+        )
     labels = empty(BATCH, dtype=torch.int64)
     for classes in (10, 100, 1000):
         layer = empty(BATCH, 64), empty(classes, 64), empty(classes)

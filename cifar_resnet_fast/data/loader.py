@@ -20,9 +20,13 @@ from torch import Tensor
 
 from cifar_resnet_fast import ops
 
-CROP_PADDING = 4  # pixels of zeros on each side (He et al. 2015, section 4.2)
+CROP_PADDING = 4  # pixels on each side (He et al. 2015, section 4.2)
+PADDING_MODES = ("zeros", "reflect")
 FLIPS = ("random", "alternating")
-_NO_EPOCH = 2**64 - 1  # the key of draws that are the same in all epochs
+# keys of streams beside those of the epochs
+_NO_EPOCH = 2**64 - 1  # draws that are the same in all epochs
+_MIX = 2**63  # added to an epoch: how its steps are mixed
+_TRIES = 64  # of drawing a ratio; one is taken with a chance of at least a half
 _CHUNK_STEPS = 16  # steps a half of the window holds: 50 MB at batch size 1024
 
 
@@ -31,7 +35,7 @@ class EpochDraws:
     """The random draws of one epoch over ``size`` pictures, on the CPU.
 
     order: [size] int64. the picture at each place of the epoch
-    dy, dx: [size] int64 in 0 .. 2 * CROP_PADDING. corner of its crop
+    dy, dx: [size] int64 in 0 .. 2 * padding. corner of its crop
     flip: [size] bool. whether it is mirrored
     cy, cx: [size] int64 in 0 .. 31. centre of the square that cutout takes away
     """
@@ -44,7 +48,9 @@ class EpochDraws:
     cx: Tensor
 
 
-def draw_epoch(seed: int, epoch: int, size: int, flip: str = "random") -> EpochDraws:
+def draw_epoch(
+    seed: int, epoch: int, size: int, flip: str = "random", padding: int = CROP_PADDING
+) -> EpochDraws:
     """The draws of an epoch: the same for the same arguments, everywhere and for ever.
 
     Args:
@@ -54,10 +60,11 @@ def draw_epoch(seed: int, epoch: int, size: int, flip: str = "random") -> EpochD
         flip: ``random`` draws anew whether an image is mirrored; ``alternating`` draws once for
             each image whether that is in the even or in the odd epochs, so that two epochs in
             succession have both (Jordan 2024, section 3.6)
+        padding: pixels on each side of an image before its crop
     """
     keys, bits, centre = _philox(seed, epoch, 3 * size).reshape(3, size)
     order = np.argsort(keys, kind="stable")
-    offsets = np.uint64(2 * CROP_PADDING + 1)
+    offsets = np.uint64(2 * padding + 1)
     # 31 bits an offset, whose remainder by 9 is uniform to 4e-9; the top bit for the flip
     dy = (bits & np.uint64(0x7FFFFFFF)) % offsets
     dx = ((bits >> np.uint64(31)) & np.uint64(0x7FFFFFFF)) % offsets
@@ -74,6 +81,41 @@ def draw_epoch(seed: int, epoch: int, size: int, flip: str = "random") -> EpochD
         torch.from_numpy(cy.astype(np.int64)),
         torch.from_numpy(cx.astype(np.int64)),
     )
+
+
+def draw_mix(seed: int, epoch: int, steps: int, side: int, mixup: float, cutmix: float) -> Tensor:
+    """[6, steps] float32, on the CPU. How each step of an epoch mixes images with their partners,
+    as ``ops.load_batch`` has it.
+
+    Args:
+        seed, epoch: as for ``draw_epoch``
+        steps: of the epoch
+        side: of the images, pixels
+        mixup, cutmix: parameter of the symmetric Beta distribution of the ratio, 0 .. 1, or 0 if
+            there is none of the kind. With both, each step has one of them, with equal chances
+
+    Source: Zhang et al. 2018, section 2 (mixup); Yun et al. 2019, equation 2 (cutmix); Johnk 1964
+    (drawing from a Beta distribution).
+    """
+    # [draw, step], uniform in 0 .. 1 and never either
+    uniform = (_philox(seed, _MIX + epoch, (2 * _TRIES + 3) * steps) >> np.uint64(11)) + 0.5
+    uniform = uniform.reshape(-1, steps) * 2.0**-53
+    kind, cy, cx = uniform[:3]
+    is_cutmix = kind < (0.5 if mixup and cutmix else float(cutmix > 0))
+    alpha = np.where(is_cutmix, cutmix, mixup)
+    # powers of uniform numbers x and y; x / (x + y) if x + y <= 1. A small alpha makes both of
+    # them too small for a float64, not so their logarithms
+    x, y = np.log(uniform[3:].reshape(2, _TRIES, steps)) / alpha
+    taken = (np.logaddexp(x, y) <= 0).argmax(0)[None]
+    ratio = (1 + np.tanh((np.take_along_axis(x - y, taken, 0)[0]) / 2)) / 2
+    # the box has the share 1 - ratio of the image, and what lies outside is cut off
+    half = np.sqrt(1 - ratio) / 2
+    edges = [(cy - half), (cy + half), (cx - half), (cx + half)]
+    top, bottom, left, right = ((edge * side).round().clip(0, side) for edge in edges)
+    outside = 1 - (bottom - top) * (right - left) / side**2
+    box = [np.where(is_cutmix, edge, 0.0) for edge in (top, bottom, left, right)]
+    weight, share = np.where(is_cutmix, 1.0, ratio), np.where(is_cutmix, outside, ratio)
+    return torch.from_numpy(np.stack([weight, *box, share])).float()
 
 
 def _philox(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -100,6 +142,11 @@ class Loader:
             the last batch filled up with black pictures of label -1
         cutout: side of the square taken away from each augmented picture, or 0
         flip: of augmented images, as ``draw_epoch`` has it
+        crop_padding: pixels on each side of an augmented image before its crop
+        padding_mode: one of ``PADDING_MODES``: what these pixels are
+        mixup, cutmix: of augmented images, as ``draw_mix`` has them. An image's partner is the one
+            at its place in the reversed batch of all processes
+        mixed_epochs: the epochs from this one on are not mixed; None if all are
         rank, processes: makes the ``rank``-th part of each batch
         resident: whether the whole set lies on the device; None where it takes at most half of
             the free memory
@@ -122,6 +169,11 @@ class Loader:
         augmented: bool = True,
         cutout: int = 0,
         flip: str = "random",
+        crop_padding: int = CROP_PADDING,
+        padding_mode: str = "zeros",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mixed_epochs: int | None = None,
         rank: int = 0,
         processes: int = 1,
         resident: bool | None = None,
@@ -141,15 +193,28 @@ class Loader:
         self.part_size = batch_size // processes  # this process's pictures of a batch
         self._augmented, self._cutout = augmented, cutout if augmented else 0
         self._flip = flip
+        self._padding, self._padding_mode = crop_padding, padding_mode
         self._rank, self._processes = rank, processes
+        self._kinds = (mixup, cutmix) if augmented and (mixup or cutmix) else None
+        self._mixed_epochs = mixed_epochs
         self._values = ops.normalized_bytes(mean, std, dtype).to(device)
-        self._draws = torch.zeros((6, self.steps * self.part_size), dtype=torch.int32).to(device)
+        sets = 1 if self._kinds is None else 2
+        shape = (6 * sets, self.steps * self.part_size)
+        self._draws = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._mix = None
+        if self._kinds is not None:
+            self._mix = torch.zeros((6, self.steps), device=device)
         self._drawn = None  # the (seed, epoch) of the draws on the device
         self._window = None
         if resident is None:
             resident = _fits(images, device)
         if resident:
             self._images, self._labels = images.to(device), labels.to(device)
+        elif self._kinds is not None and processes > 1:
+            raise ValueError(
+                f"mixup and cutmix must be 0 with several processes if the images do not fit into "
+                f"the device's memory, got {mixup} and {cutmix}"
+            )
         else:
             self._window = _Window(images, labels, self.part_size, self.steps, device, wait)
             self._images, self._labels = self._window.images, self._window.labels
@@ -172,13 +237,19 @@ class Loader:
             table = self._table(seed, epoch)
             if self._window is not None:
                 present = table[0] >= 0
-                table[0] = torch.where(present, self._window.places(epoch), -1)
+                places = self._window.places(epoch)
+                table[0] = torch.where(present, places, -1)
+                if self._mix is not None:
+                    table[6] = places.reshape(self.steps, -1).flip(1).flatten()
             self._draws.copy_(_pinned(table, self._draws.device), non_blocking=True)
+            if self._mix is not None:
+                mix = self._mix_of(seed, epoch)
+                self._mix.copy_(_pinned(mix, self._mix.device), non_blocking=True)
             self._drawn = (seed, epoch)
         if self._window is not None:
             self._window.move_to(step, lambda epoch: self._table(seed, epoch)[0], key=seed)
 
-    def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, step: Tensor) -> tuple[Tensor, ...]:
         """This process's part of a batch.
 
         Args:
@@ -187,6 +258,8 @@ class Loader:
         Returns:
             images: [part_size, 3, 32, 32], channels-last, normalised; see ``ops.load_batch``
             labels: [part_size] int64
+            labels_b, ratio: [part_size] int64 and [] float32, with mixup or cutmix only. second
+                labels, and the share of the first ones
         """
         return ops.load_batch(
             self._images,
@@ -195,25 +268,38 @@ class Loader:
             self._draws,
             step,
             batch_size=self.part_size,
-            padding=CROP_PADDING,
+            padding=self._padding,
+            padding_mode=self._padding_mode,
             cutout=self._cutout,
+            mix=self._mix,
         )
 
+    def _mix_of(self, seed: int, epoch: int) -> Tensor:
+        """[6, steps] float32, on the CPU."""
+        if self._mixed_epochs is not None and epoch >= self._mixed_epochs:
+            return torch.tensor([1.0, 0, 0, 0, 0, 1.0])[:, None].repeat(1, self.steps)
+        return draw_mix(seed, epoch, self.steps, self._images.shape[1], *self._kinds)
+
     def _table(self, seed: int, epoch: int) -> Tensor:
-        """[6, steps * part_size] int32, on the CPU. The epoch's draws, of this process's part."""
+        """[6 or 12, steps * part_size] int32, on the CPU. The epoch's draws, of this process's
+        part; with mixing those of the partners after them."""
         if self._augmented:
-            draws = draw_epoch(seed, epoch, self.size, self._flip)
+            draws = draw_epoch(seed, epoch, self.size, self._flip, self._padding)
             columns = (draws.order, draws.dy, draws.dx, draws.flip, draws.cy, draws.cx)
             table = torch.stack([column.int() for column in columns])
         else:
-            table = torch.tensor([0, CROP_PADDING, CROP_PADDING, 0, 0, 0], dtype=torch.int32)
+            table = torch.tensor([0, self._padding, self._padding, 0, 0, 0], dtype=torch.int32)
             table = table[:, None].repeat(1, self.steps * self.batch_size)
             table[0] = torch.arange(table.shape[1])
             table[0, self.size :] = -1
         parts = table[:, : self.steps * self.batch_size].reshape(
             6, self.steps, self._processes, self.part_size
         )
-        return parts[:, :, self._rank].reshape(6, -1)
+        own = parts[:, :, self._rank].reshape(6, -1)
+        if self._mix is None:
+            return own
+        partners = parts[:, :, self._processes - 1 - self._rank].flip(2).reshape(6, -1)
+        return torch.cat((own, partners))
 
 
 class _Window:

@@ -20,34 +20,30 @@ CHANNELS = 4  # of a written pixel
 
 
 @triton.jit
-def _load_batch_kernel(
+def _image(
     images_ptr,
     labels_ptr,
     values_ptr,
     draws_ptr,
-    step_ptr,
-    batch_ptr,
-    batch_labels_ptr,
-    steps,
+    row,
     rows,
     H,
     W,
     padding,
     cutout,
     CUTOUT: tl.constexpr,
+    REFLECT: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """batch[n, h, w, c] = values[images[index, h + dy - padding, w' + dx - padding, c], c];
-    program n owns picture n of the batch and its label."""
-    n = tl.program_id(0)
-    row = (tl.load(step_ptr) % steps).to(tl.int32) * tl.num_programs(0) + n
+    """[BLOCK_P, 4] value[p, c] = values[images[index, h + dy - padding, w' + dx - padding, c], c]
+    of the image that ``row`` of the draws names, reflected at its border if REFLECT; and its
+    label."""
     index = tl.load(draws_ptr + row).to(tl.int64)
     dy = tl.load(draws_ptr + rows + row)
     dx = tl.load(draws_ptr + 2 * rows + row)
     flip = tl.load(draws_ptr + 3 * rows + row)
     present = index >= 0
     label = tl.load(labels_ptr + index, mask=present, other=-1)
-    tl.store(batch_labels_ptr + n, label)
 
     offs_p = tl.arange(0, BLOCK_P)
     offs_c = tl.arange(0, 4)
@@ -55,6 +51,9 @@ def _load_batch_kernel(
     w = offs_p % W
     from_h = h + dy - padding
     from_w = tl.where(flip != 0, W - 1 - w, w) + dx - padding
+    if REFLECT:
+        from_h = H - 1 - tl.abs(H - 1 - tl.abs(from_h))
+        from_w = W - 1 - tl.abs(W - 1 - tl.abs(from_w))
     inside_p = present & (h < H) & (from_h >= 0) & (from_h < H) & (from_w >= 0) & (from_w < W)
     inside_pc = inside_p[:, None] & (offs_c < 3)[None, :]
     offs_pc = (from_h * W + from_w)[:, None] * 3 + offs_c[None, :]
@@ -68,6 +67,83 @@ def _load_batch_kernel(
         filled_pc = filled_pc & (cut_p == 0)[:, None]
     offs_value = byte.to(tl.int32) * 3 + offs_c[None, :]
     value = tl.load(values_ptr + offs_value, mask=filled_pc, other=0.0)
+    return value, label
+
+
+@triton.jit
+def _load_batch_kernel(
+    images_ptr,
+    labels_ptr,
+    values_ptr,
+    draws_ptr,
+    step_ptr,
+    mix_ptr,
+    batch_ptr,
+    batch_labels_ptr,
+    ratio_ptr,
+    steps,
+    rows,
+    H,
+    W,
+    padding,
+    cutout,
+    CUTOUT: tl.constexpr,
+    REFLECT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """batch[n] = image, or weight * image + (1 - weight) * partner outside and partner inside the
+    step's box; program n owns image n of the batch and its label or two, program 0 the ratio."""
+    n = tl.program_id(0)
+    place = (tl.load(step_ptr) % steps).to(tl.int32)
+    row = place * tl.num_programs(0) + n
+    value, label = _image(
+        images_ptr,
+        labels_ptr,
+        values_ptr,
+        draws_ptr,
+        row,
+        rows,
+        H,
+        W,
+        padding,
+        cutout,
+        CUTOUT,
+        REFLECT,
+        BLOCK_P,
+    )
+    tl.store(batch_labels_ptr + n, label)
+    offs_p = tl.arange(0, BLOCK_P)
+    offs_c = tl.arange(0, 4)
+    h = offs_p // W
+    w = offs_p % W
+    if mix_ptr is not None:
+        partner, label_b = _image(
+            images_ptr,
+            labels_ptr,
+            values_ptr,
+            draws_ptr + 6 * rows,
+            row,
+            rows,
+            H,
+            W,
+            padding,
+            cutout,
+            CUTOUT,
+            REFLECT,
+            BLOCK_P,
+        )
+        tl.store(batch_labels_ptr + tl.num_programs(0) + n, label_b)
+        if n == 0:
+            tl.store(ratio_ptr, tl.load(mix_ptr + 5 * steps + place))
+        weight = tl.load(mix_ptr + place)
+        top = tl.load(mix_ptr + steps + place)
+        bottom = tl.load(mix_ptr + 2 * steps + place)
+        left = tl.load(mix_ptr + 3 * steps + place)
+        right = tl.load(mix_ptr + 4 * steps + place)
+        # launched without fusion into multiply-adds, which would give other bits than the twin's
+        blended = weight * value.to(tl.float32) + (1 - weight) * partner.to(tl.float32)
+        inside_p = (h >= top) & (h < bottom) & (w >= left) & (w < right)
+        value = tl.where(inside_p[:, None], partner, blended.to(partner.dtype))
     out = batch_ptr + n.to(tl.int64) * (H * W * 4) + offs_p[:, None] * 4 + offs_c[None, :]
     tl.store(out, value, mask=(h < H)[:, None])
 
@@ -81,8 +157,10 @@ def load_batch(
     *,
     batch_size: int,
     padding: int,
+    padding_mode: str,
     cutout: int,
-) -> tuple[Tensor, Tensor]:
+    mix: Tensor | None,
+) -> tuple[Tensor, ...]:
     """See ``reference.load_batch``; the pictures are the first 3 channels of 4."""
     _, H, W, _ = images.shape
     rows = draws.shape[1]
@@ -92,7 +170,9 @@ def load_batch(
         device=images.device,
         memory_format=torch.channels_last,
     )
-    batch_labels = torch.empty(batch_size, dtype=torch.int64, device=images.device)
+    sets = 1 if mix is None else 2
+    batch_labels = torch.empty((sets, batch_size), dtype=torch.int64, device=images.device)
+    ratio = None if mix is None else torch.empty((), device=images.device)
     launch.launch(
         _load_batch_kernel,
         (batch_size,),
@@ -101,8 +181,10 @@ def load_batch(
         values_ptr=values,
         draws_ptr=draws,
         step_ptr=step,
+        mix_ptr=mix,
         batch_ptr=batch,
         batch_labels_ptr=batch_labels,
+        ratio_ptr=ratio,
         steps=rows // batch_size,
         rows=rows,
         H=H,
@@ -110,7 +192,11 @@ def load_batch(
         padding=padding,
         cutout=cutout,
         CUTOUT=cutout > 0,
+        REFLECT=padding_mode == "reflect",
         BLOCK_P=triton.next_power_of_2(H * W),
         num_warps=4,
+        enable_fp_fusion=False,
     )
-    return batch[:, :3], batch_labels
+    if mix is None:
+        return batch[:, :3], batch_labels[0]
+    return batch[:, :3], *batch_labels, ratio

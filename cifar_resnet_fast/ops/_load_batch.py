@@ -54,9 +54,11 @@ def load_batch(
     *,
     batch_size: int,
     padding: int,
+    padding_mode: str = "zeros",
     cutout: int = 0,
+    mix: Tensor | None = None,
     implementation: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The augmented, normalised batch of a step; see ``reference.load_batch``.
 
     Every implementation gives the same bits. ``triton`` writes pixels of 4 channels, the fourth
@@ -69,16 +71,20 @@ def load_batch(
         images: [N, H, W, 3] uint8, contiguous, with H * W <= 4096
         labels: [N] int64
         values: [256, 3], contiguous, floating. from ``normalized_bytes``
-        draws: [6, R] int32, contiguous, R a multiple of batch_size and below 2**31
+        draws: [6, R] int32, with ``mix`` [12, R], contiguous, R a multiple of batch_size and below
+            2**31
         step: [] int64
         batch_size: at least 1
         padding: 0 .. 64
+        padding_mode: ``zeros``, or ``reflect``, with padding less than H and W
         cutout: 0 .. 2**31 - 1
+        mix: [6, R / batch_size] float32, contiguous, or None. how each step's images are mixed
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
     Returns:
         images: [B, 3, H, W], channels-last, of the dtype of ``values``
         labels: [B] int64
+        labels_b, ratio: [B] int64 and [] float32, with ``mix`` only
 
     Raises:
         TypeError: an argument is of another type, or a tensor of another dtype
@@ -88,13 +94,16 @@ def load_batch(
     check_dense("images", images)
     for name, number in (("batch_size", batch_size), ("padding", padding), ("cutout", cutout)):
         check_count(name, number)
-    for name, tensor, axes, dtypes in (
+    rules = [
         ("images", images, (None, None, None, 3), (torch.uint8,)),
         ("labels", labels, images.shape[:1], (torch.int64,)),
         ("values", values, (256, 3), FLOATING),
-        ("draws", draws, (6, None), (torch.int32,)),
+        ("draws", draws, (6 if mix is None else 12, None), (torch.int32,)),
         ("step", step, (), (torch.int64,)),
-    ):
+    ]
+    if mix is not None:
+        rules.append(("mix", mix, (6, None), (torch.float32,)))
+    for name, tensor, axes, dtypes in rules:
         check_dense(name, tensor)
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
@@ -119,11 +128,29 @@ def load_batch(
             f"draws must have a multiple of the batch size {batch_size} of rows, below 2**31, "
             f"got {R}"
         )
+    if mix is not None and mix.shape[1] != R // batch_size:
+        raise ValueError(f"mix must have {R // batch_size} columns, got {mix.shape[1]}")
     for name, number, most in (("padding", padding, 64), ("cutout", cutout, 2**31 - 1)):
         if not 0 <= number <= most:
             raise ValueError(f"{name} must be 0 or more and at most {most}, got {number}")
+    if padding_mode not in ("zeros", "reflect"):
+        raise ValueError(f"padding_mode must be zeros or reflect, got {padding_mode!r}")
+    if padding_mode == "reflect" and padding >= min(H, W):
+        raise ValueError(
+            f"padding must be less than {min(H, W)} pixels to be reflected, got {padding}"
+        )
     run = reference.load_batch
     if choose(implementation, images.device, "load_batch") == "triton":
         from cifar_resnet_fast.kernels.augment import load_batch as run
-    sizes = {"batch_size": batch_size, "padding": padding, "cutout": cutout}
-    return run(images, labels, values, draws, step, **sizes)
+    return run(
+        images,
+        labels,
+        values,
+        draws,
+        step,
+        batch_size=batch_size,
+        padding=padding,
+        padding_mode=padding_mode,
+        cutout=cutout,
+        mix=mix,
+    )

@@ -2,18 +2,20 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import re
 import sys
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.datasets import NAMES
-from cifar_resnet_fast.data.loader import FLIPS
+from cifar_resnet_fast.data.loader import CROP_PADDING, FLIPS, PADDING_MODES
 from cifar_resnet_fast.resnet import check_depth
-from cifar_resnet_fast.training.recipes import RECIPES
+from cifar_resnet_fast.training.recipes import RECIPES, settings_of
 from cifar_resnet_fast.training.schedules import SCHEDULES
 
 
@@ -61,7 +63,11 @@ class TrainConfig:
     limit: int | None = _flag(None, "use only the first so many pictures of each split")
 
     recipe: str = _flag(
-        "paper", "named settings, which the other flags change one by one", tuple(RECIPES)
+        "paper",
+        "named settings, which the other flags change one by one. If it is given with --epochs, "
+        "its warm-up, milestones, start of the average and unmixed epochs keep their share of the "
+        "run; with --batch-size, its learning rate changes in proportion",
+        tuple(RECIPES),
     )
     epochs: int = _flag(160, "passes over the training pictures")
     batch_size: int = _flag(
@@ -94,7 +100,24 @@ class TrainConfig:
         "mirror each training image at random, or in every second epoch",
         FLIPS,
     )
+    crop_padding: int = _flag(
+        CROP_PADDING, "pixels around each training image before its random crop"
+    )
+    padding_mode: str = _flag(
+        "zeros",
+        "what these pixels are: black, or the image reflected at its border",
+        PADDING_MODES,
+    )
     cutout: int = _flag(0, "side of the square taken away from each training picture (0: none)")
+    mixup: float = _flag(
+        0.0,
+        "blend each image with another: parameter of the Beta distribution of its share, up to 1 "
+        "(0: none); with --cutmix too, each step has one of them",
+    )
+    cutmix: float = _flag(
+        0.0, "paste a box of another image into each: parameter of its share, up to 1 (0: none)"
+    )
+    unmixed_epochs: int = _flag(0, "last epochs of the run without --mixup and --cutmix")
     ema: float = _flag(0.0, "decay a step of averaged weights to evaluate with; 0 for none")
     ema_start: float = _flag(
         0.0, "epochs after which the average starts, as a copy of the weights of then"
@@ -132,6 +155,9 @@ class TrainConfig:
     )
 
     out: str | None = _flag(None, "folder of the run, new or empty; default: a new one in runs/")
+    config: str | None = _flag(
+        None, "config.json of a run, whose settings the other flags change one by one"
+    )
     resume: str | None = _flag(None, "folder of a stopped run to continue with its own settings")
     eval: str | None = _flag(None, "checkpoint to evaluate on the test set, without training")
     mean: str | None = _flag(
@@ -165,7 +191,14 @@ class TrainConfig:
             ("evaluate_every", 1),
         ):
             self._check(name, lambda v, low=minimum: v is None or v >= low, f"at least {minimum}")
-        for name in ("validation", "warmup_epochs", "weight_decay", "cutout", "ema_start"):
+        for name in (
+            "validation",
+            "warmup_epochs",
+            "weight_decay",
+            "cutout",
+            "ema_start",
+            "unmixed_epochs",
+        ):
             self._check(name, lambda v: v >= 0 and math.isfinite(v), "0 or more")
         for name in ("lr", "timeout"):
             self._check(name, lambda v: v > 0 and math.isfinite(v), "more than 0")
@@ -187,6 +220,24 @@ class TrainConfig:
         self._check("nesterov", lambda v: not v or self.momentum > 0, "off where momentum is 0")
         for name in ("momentum", "label_smoothing", "ema"):
             self._check(name, lambda v: 0 <= v < 1, "at least 0 and less than 1")
+        for name in ("mixup", "cutmix"):
+            self._check(name, lambda v: 0 <= v <= 1, "in 0 .. 1")
+            self._check(
+                name,
+                lambda v: v == 0 or self.batch_size > 1,
+                "0 with batches of one image, which have no partner",
+            )
+        self._check(
+            "padding_mode",
+            lambda v: v == "zeros" or self.crop_padding > 0,
+            "zeros with a crop padding of 0",
+        )
+        self._check(
+            "unmixed_epochs",
+            lambda v: v == 0 or ((self.mixup > 0 or self.cutmix > 0) and v < self.epochs),
+            f"less than the {self.epochs} epochs, and left out without mixup and cutmix",
+        )
+        self._check("crop_padding", lambda v: 0 <= v < 32, "in 0 .. 31")
         self._check("final_lr", lambda v: 0 <= v <= 1, "a share of the peak, 0 .. 1")
         self._check(
             "final_lr",
@@ -221,10 +272,13 @@ class TrainConfig:
 
     @classmethod
     def of_recipe(cls, recipe: str, **changes: Any) -> "TrainConfig":
-        """The settings of a named recipe, one of ``RECIPES``, with some of them changed."""
+        """The settings of a named recipe, one of ``RECIPES``, with some of them changed.
+
+        ``recipes.settings_of`` says what goes with other epochs or another batch size.
+        """
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-        return cls(**{**RECIPES[recipe], "recipe": recipe, **changes})
+        return cls(recipe=recipe, **settings_of(recipe, changes))
 
     def to_dict(self) -> dict[str, Any]:
         """What is trained, as plain values for config.json; not what is about the call."""
@@ -248,6 +302,7 @@ class TrainConfig:
 # what is about the call, not about the training
 PLACES = (
     "out",
+    "config",
     "resume",
     "eval",
     "mean",
@@ -310,7 +365,22 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
     given = vars(parser.parse_args(arguments))
     if "milestones" in given:
         given["milestones"] = tuple(given["milestones"])
-    return TrainConfig.of_recipe(**{"recipe": "paper", **given}), given
+    if "config" not in given:
+        return (TrainConfig.of_recipe if "recipe" in given else TrainConfig)(**given), given
+    for name in ("recipe", "resume", "eval"):
+        if name in given:
+            raise ValueError(
+                f"{name} must be left out with {flag_of('config')}, got {given[name]}"
+            )
+    return dataclasses.replace(_read_config(given["config"]), **given), given
+
+
+def _read_config(path: str) -> TrainConfig:
+    try:
+        return TrainConfig.from_dict(json.loads(Path(path).read_text()))
+    except (ValueError, AttributeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"config must be a run's config.json, got {path}: {reason}") from None
 
 
 class _Parser(argparse.ArgumentParser):

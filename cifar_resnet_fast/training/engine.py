@@ -324,10 +324,11 @@ class Engine:
         """A step, or a ``dummy`` one for warm-up, which no label has a part in."""
         optimizer = self.optimizer
         self.model.train()
-        images, labels = self._training.batch(self._step)
+        images, labels, *mix = self._training.batch(self._step)
         if dummy:
             labels = torch.zeros_like(labels)
-        loss, hits = self._score(images, labels)
+            mix = mix and [labels, mix[1]]
+        loss, hits = self._score(images, labels, *mix)
         if self._processes.count > 1:
             # the mean over the whole batch is the sum of the parts' shares of it
             loss = loss / self._processes.count
@@ -352,8 +353,15 @@ class Engine:
         if dummy:
             self._step -= 1  # afterwards: what is captured is to have been launched before
 
-    def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss of the model on a batch, and images classified right."""
+    def _score(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        labels_b: Tensor | None = None,
+        ratio: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean loss of the model on a batch, and images classified right; both as
+        ``ops.linear_cross_entropy`` has them."""
         last = _plain_last_layer(self.model)
         with _autocast(self._device, self._dtype), self.optimizer.gradients_in_place():
             if last is not None:
@@ -362,10 +370,26 @@ class Engine:
                 logits = self.model(images)
         if last is not None:
             return ops.linear_cross_entropy(
-                features, last.weight, last.bias, labels, label_smoothing=self._label_smoothing
+                features,
+                last.weight,
+                last.bias,
+                labels,
+                label_smoothing=self._label_smoothing,
+                labels_b=labels_b,
+                ratio=ratio,
             )
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
-        return loss, (logits.argmax(1) == labels).sum().float()
+        largest = logits.detach().argmax(1)
+
+        def score(labels: Tensor) -> tuple[Tensor, Tensor]:
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
+            return loss, (largest == labels).sum().float()
+
+        if labels_b is None:
+            return score(labels)
+        return tuple(
+            ratio * first + (1 - ratio) * second
+            for first, second in zip(score(labels), score(labels_b), strict=True)
+        )
 
     def _state(self) -> list[Tensor]:
         """Every tensor that a step changes and a later step or the user reads."""

@@ -57,6 +57,12 @@ class RunData:
     def __init__(self, config: TrainConfig, dataset: Dataset, processes: Processes):
         if config.validation:
             dataset = dataset.with_validation(config.validation)
+        for name in ("mixup", "cutmix"):
+            if getattr(config, name) and (dataset.y_train == dataset.y_train[0]).all():
+                raise ValueError(
+                    f"{name} must be 0 with training images of one class, got "
+                    f"{getattr(config, name)}"
+                )
         self.name = dataset.name
         self.num_classes = len(dataset.classes)
         self.evaluated = "validation" if config.validation else "test"
@@ -75,6 +81,11 @@ class RunData:
             batch_size=config.batch_size,
             cutout=config.cutout,
             flip=config.flip,
+            crop_padding=config.crop_padding,
+            padding_mode=config.padding_mode,
+            mixup=config.mixup,
+            cutmix=config.cutmix,
+            mixed_epochs=config.epochs - config.unmixed_epochs,
             **settings,
         )
         if config.epochs * self.training.steps > _MOST_STEPS:
@@ -397,7 +408,7 @@ class Run:
                     f"(epoch {epoch + passed:.2f}): training stopped, {self._kept()}; a lower "
                     f"{flag_of('lr')} or a longer {flag_of('warmup_epochs')} often helps"
                 )
-        hits = int(metrics[1].double().sum())
+        hits = metrics[1].double().sum().item()  # mixed images have parts of a hit
         return sum(losses) / steps, hits / (steps * self.data.training.batch_size)
 
     def _check_weights(self) -> None:

@@ -140,13 +140,19 @@ def stage_border(C: int, K: int, side: int) -> Case:
     )
 
 
-def load_batch() -> Case:
-    """An epoch of one batch: each of its pictures is read once."""
+def load_batch(mixed: bool = False) -> Case:
+    """An epoch of one batch: each of its pictures is read once, or twice if it is mixed."""
     side = SIDES[0]
 
     def inputs(batch, dtype, device, generator):
         shape = (batch, side, side, 3)
         draws = vars(draw_epoch(generator.initial_seed(), 0, batch)).values()
+        draws = torch.stack([draw.int() for draw in draws])
+        mix = {}
+        if mixed:  # blended, with a box that is the partner's
+            draws = torch.cat((draws, draws.flip(1)))
+            step = torch.tensor([[0.3], [4.0], [20.0], [5.0], [32.0], [0.6]], device=device)
+            mix = {"mix": step}
         mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
         return {
             "images": torch.randint(
@@ -154,16 +160,21 @@ def load_batch() -> Case:
             ),
             "labels": torch.randint(10, (batch,), device=device, generator=generator),
             "values": ops.normalized_bytes(mean, std, dtype).to(device),
-            "draws": torch.stack([draw.int() for draw in draws]).to(device),
+            "draws": draws.to(device),
             "step": torch.zeros((), dtype=torch.int64, device=device),
+            **mix,
         }
 
     def call(tensors, implementation):
         sizes = {"batch_size": len(tensors["images"]), "padding": CROP_PADDING}
-        images, labels = ops.load_batch(**tensors, **sizes, implementation=implementation)
-        return {"images": images, "labels": labels}
+        if implementation == "reference":  # itself, for it takes float64, too
+            found = reference.load_batch(**tensors, **sizes)
+        else:
+            found = ops.load_batch(**tensors, **sizes, implementation=implementation)
+        return dict(zip(("images", "labels", "labels_b", "ratio"), found, strict=False))
 
-    return Case("load_batch", f"{side}x{side}x3", inputs, call)
+    place = f"{side}x{side}x3" + (", mixed" if mixed else "")
+    return Case("load_batch", place, inputs, call)
 
 
 def parameter_places(depth: int) -> tuple[int, list[slice]]:
@@ -288,7 +299,7 @@ CASES = (
     *(unit(*sizes) for sizes in UNITS),
     *(shortcut_a(*border) for border in BORDERS),
     *(stage_border(*border) for border in BORDERS),
-    load_batch(),
+    *(load_batch(mixed) for mixed in (False, True)),
     linear_cross_entropy(10, 0.0, mixed=False),
     linear_cross_entropy(100, 0.1, mixed=True),
     record_step(),
