@@ -143,7 +143,7 @@ def launchers(architecture: int) -> Path:
 def load_operations(kernels: Path) -> None:
     """Registers the trunk's operations for CPU tensors, on the launchers of ``kernels``.
 
-    They take the place of those that emulation.load_operations registers: for a process of its own.
+    They take the place of those of emulation.load_operations: for a process of its own.
     """
     torch_libraries = Path(torch.__file__).parent / "lib"
     flags = [*CXX_FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020b000000000000"]

@@ -8,7 +8,7 @@ import ctypes
 import pytest
 import test_conv3x3_emulated as convolutions
 import test_evaluate_emulated as evaluation
-import test_head_emulated as head
+import test_pool_emulated as pool
 import test_stage_border as border
 import test_stem_emulated as stem
 import torch
@@ -101,8 +101,8 @@ def test_evaluate_stem(kernels, dtype):
 @in_both_types
 @in_batches
 @pytest.mark.parametrize("kind", ["identity", "option_a"])
-def test_head(kernels, kind, N, dtype):
-    head.test_head(kernels, kind, N, BATCHES[N], ORDER, dtype)
+def test_pool(kernels, kind, N, dtype):
+    pool.test_pool(kernels, kind, N, BATCHES[N], ORDER, dtype)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
