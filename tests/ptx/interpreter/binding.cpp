@@ -31,7 +31,7 @@ int run_recorded(void* context, const PtxLaunch* recorded) {
     machine.run(launch, parameters.data());
     return 0;
   } catch (const std::exception& error) {
-    machine.report(error.what());
+    machine.report(error.what(), error.what());
     return 1;
   }
 }

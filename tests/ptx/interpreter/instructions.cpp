@@ -518,6 +518,7 @@ class Table {
   template <class S>
   void conversions_from(const std::string& type);
   void integer_specials();
+  void approximations();
   void memory();
   void together();
 };
@@ -643,6 +644,7 @@ void Table::integer_specials() {
   two<s32, s16, s16, [](s16 x, s16 y) { return s32{x} * y; }>("mul.wide.s16", P);
   three<s64, s32, s32, s64, [](s32 x, s32 y, s64 z) { return s64{x} * y + z; }>("mad.wide.s32", P);
   three<u64, u32, u32, u64, [](u32 x, u32 y, u64 z) { return u64{x} * y + z; }>("mad.wide.u32", P);
+  three<u32, u16, u16, u32, [](u16 x, u16 y, u32 z) { return u32{x} * y + z; }>("mad.wide.u16", P);
   two<u32, u32, u32, [](u32 x, u32 y) { return static_cast<u32>(u64{x} * y >> 32); }>("mul.hi.u32",
                                                                                       P);
   two<s32, s32, s32, [](s32 x, s32 y) { return static_cast<s32>(s64{x} * y >> 32); }>("mul.hi.s32",
@@ -686,6 +688,27 @@ void Table::integer_specials() {
   add("split.2x32", Pipe::kMove, "", split<u64, u32, 2>);
   add("split.4x16", Pipe::kMove, "", split<u64, u16, 4>);
   add("split.4x8", Pipe::kMove, "", split<u32, u8, 4>);
+}
+
+// subnormal numbers are zeros where an instruction says .ftz
+float flushed(float x) {
+  return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x;
+}
+
+void Table::approximations() {
+  constexpr auto P = Pipe::kFloat;
+  one<float, float, [](float x) { return std::exp2(x); }>("ex2.approx.f32", P);
+  one<float, float, [](float x) { return flushed(std::exp2(flushed(x))); }>("ex2.approx.ftz.f32",
+                                                                          P);
+  one<float, float, [](float x) { return std::log2(x); }>("lg2.approx.f32", P);
+  two<float, float, float, [](float x, float y) { return flushed(flushed(x) + flushed(y)); }>(
+      "add.ftz.f32", P);
+  two<float, float, float, [](float x, float y) { return flushed(flushed(x) * flushed(y)); }>(
+      "mul.ftz.f32", P);
+  three<float, float, float, float, [](float x, float y, float z) {
+    return flushed(std::fma(flushed(x), flushed(y), flushed(z)));
+  }>("fma.ftz.f32", P);
+  two<float, float, float, [](float x, float y) { return x / y; }>("div.full.f32", P);
 }
 
 void Table::memory() {
@@ -756,7 +779,7 @@ Table::Table() {
   add("set.gt.u32.f16x2", Pipe::kFloat, "www", set_pair<std::greater<float>{}>);
   add("set.gtu.u32.f16x2", Pipe::kFloat, "www",
       set_pair<[](float x, float y) { return !(x <= y); }>);
-  two<float, float, float, [](float x, float y) { return x / y; }>("div.full.f32", Pipe::kFloat);
+  approximations();
   integer_specials();
   memory();
   together();

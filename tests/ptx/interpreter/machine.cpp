@@ -83,7 +83,11 @@ static std::string described(const Warp& warp, const std::string& text, int lane
 }
 
 void Warp::report(Problem problem, int lane) const {
-  if (problem != nullptr) block->machine->report(described(*this, problem, lane));
+  // the first lane stands for all that an instruction has this problem with
+  if (problem != nullptr) {
+    block->machine->report(described(*this, problem, lane),
+                           problem + std::to_string(instruction().line));
+  }
 }
 
 void Warp::fail(const std::string& text, int lane) const {
@@ -322,7 +326,8 @@ void Machine::run(const Launch& launch, const uint8_t* parameters) {
     run_block(block);
     for (const Warp& warp : block.warps) {
       if (!warp.waited_for_kernel) {
-        report("warp " + std::to_string(warp.id) + " never waits for the kernel before");
+        const std::string text = " never waits for the kernel before: griddepcontrol.wait";
+        report("warp " + std::to_string(warp.id) + text, text);
       }
     }
   }
@@ -337,7 +342,8 @@ void Machine::run(const Launch& launch, const uint8_t* parameters) {
 }
 
 std::vector<std::string> Machine::take_findings() {
-  std::vector<std::string> found(findings_.begin(), findings_.end());
+  std::vector<std::string> found;
+  for (const auto& [key, finding] : findings_) found.push_back(finding);
   findings_.clear();
   return found;
 }

@@ -8,7 +8,6 @@
 #include <map>
 #include <memory>
 #include <random>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -127,7 +126,10 @@ class Machine {
   const Program& program(const std::string& name);
   // Runs it to its end; throws Failure where it cannot go on.
   void run(const Launch& launch, const uint8_t* parameters);
-  void report(const std::string& finding) { findings_.insert(finding); }
+  // of findings with one key the first is kept
+  void report(const std::string& finding, const std::string& key) {
+    findings_.try_emplace(key, finding);
+  }
   // what was wrong so far, which is then forgotten
   std::vector<std::string> take_findings();
 
@@ -137,7 +139,7 @@ class Machine {
   void arrive(Warp& warp, const Instruction& in, int lane);
   std::map<std::string, Entry> entries_;
   std::map<std::string, std::unique_ptr<Program>> programs_;
-  std::set<std::string> findings_;
+  std::map<std::string, std::string> findings_;
   std::mt19937_64 random_;
 };
 
