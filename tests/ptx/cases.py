@@ -1,5 +1,7 @@
 """Cases that worker.py runs: name to function. They are those of the other test files."""
 
+import functools
+
 import pytest
 import test_conv_bn_relu as units
 import test_kernels_raw as raw
@@ -12,6 +14,9 @@ import torch
 
 from cifar_resnet_fast import ops, reference
 from cifar_resnet_fast.kernels import launch
+from cifar_resnet_fast.ops import _dispatch
+from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
+from ptx import build, cuda
 
 CPU = torch.device("cpu")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -48,33 +53,73 @@ def training_step(implementation, dtype, depth, batch):
         trunk.test_training_step(implementation, dtype, depth, batch, lambda _: None, CPU, patch)
 
 
-def bind(function, *arguments):
-    return lambda: function(*arguments)
+@functools.cache
+def compiled_trunk(architecture: int) -> cuda.Kernels:
+    """The trunk's operations on CPU tensors run the compiled kernels from now on."""
+    kernels = cuda.kernels(architecture)
+    build.load_operations(kernels.folder)
+    _dispatch.why_not = lambda *_: None
+    trunk_cuda.multiprocessors = lambda _: 2
+    return kernels
 
+
+def cuda_training_step(dtype, depth, batch, architecture):
+    """Within the error budget, with the same bits in every order of warps."""
+    kernels = compiled_trunk(architecture)
+    problem = trunk.Problem(depth, batch, dtype, CPU)
+    first = None
+    for order in cuda.ORDERS:
+        kernels.set_order(order)
+        made, _ = problem.kernels("cuda")
+        kernels.check(f"training step, warps {order}")
+        first = first or made
+        for name, value in made.items():
+            assert torch.equal(value, first[name]), f"{name} with warps {order}"
+    training_step("cuda", dtype, depth, batch)
+    kernels.check("training step")
+
+
+def cuda_evaluation(dtype, depth, batch, architecture):
+    kernels = compiled_trunk(architecture)
+    trunk.test_evaluation("cuda", dtype, depth, batch, lambda _: None, CPU)
+    kernels.check("evaluation")
+
+
+CUDA = {
+    f"{kind.__name__}-{name}": functools.partial(kind, DTYPES[name], 8, 3)
+    for kind in (cuda_training_step, cuda_evaluation)
+    for name in ("fp16", "bf16")
+}
 
 TRITON = {}
 for name, dtype in DTYPES.items():
-    TRITON[f"step-resnet8-{name}"] = bind(training_step, "triton", dtype, 8, 2)
+    TRITON[f"step-resnet8-{name}"] = functools.partial(training_step, "triton", dtype, 8, 2)
     for key, case in units.CASES.items():
-        TRITON[f"unit-{key}-{name}"] = bind(units.test_training, case, dtype, CPU)
+        TRITON[f"unit-{key}-{name}"] = functools.partial(units.test_training, case, dtype, CPU)
     for key, sizes in SIZES.items():
         if name != "fp32":  # has no fused backward
-            TRITON[f"raw-{key}-fused-{name}"] = bind(residual_block, True, sizes, dtype)
-        TRITON[f"raw-{key}-two-launches-{name}"] = bind(residual_block, False, sizes, dtype)
+            TRITON[f"raw-{key}-fused-{name}"] = functools.partial(
+                residual_block, True, sizes, dtype
+            )
+        TRITON[f"raw-{key}-two-launches-{name}"] = functools.partial(
+            residual_block, False, sizes, dtype
+        )
     for cutout in (0, 8):
-        TRITON[f"load-batch-cutout-{cutout}-{name}"] = bind(
+        TRITON[f"load-batch-cutout-{cutout}-{name}"] = functools.partial(
             loader.test_kernel_has_the_references_bits, dtype, cutout, CPU
         )
     for key, sizes in {"border": (2, 16, 32, 32, 32), "odd": (1, 16, 7, 5, 32)}.items():
-        TRITON[f"shortcut-a-{key}-{name}"] = bind(shortcut_a, sizes, dtype)
+        TRITON[f"shortcut-a-{key}-{name}"] = functools.partial(shortcut_a, sizes, dtype)
 for parameters in loss.SHAPES:
-    TRITON[f"loss-{parameters.id}"] = bind(cross_entropy, parameters.values, "smoothed-and-mixed")
-TRITON["loss-no-bias"] = bind(cross_entropy, (37, 64, 10), "no-bias")
+    TRITON[f"loss-{parameters.id}"] = functools.partial(
+        cross_entropy, parameters.values, "smoothed-and-mixed"
+    )
+TRITON["loss-no-bias"] = functools.partial(cross_entropy, (37, 64, 10), "no-bias")
 for settings in optimizer.SETTINGS:
-    TRITON[f"sgd-{settings}"] = bind(
+    TRITON[f"sgd-{settings}"] = functools.partial(
         optimizer.test_kernel_is_the_reference, 2500, 2000, settings, CPU
     )
-TRITON["sgd-bad-gradient"] = bind(
+TRITON["sgd-bad-gradient"] = functools.partial(
     optimizer.test_one_bad_gradient_skips_the_step, "triton", float("nan"), 1024, CPU
 )
-TRITON["record-step"] = bind(record.test_record, 6, 4, 8, 8.0, "triton", CPU)
+TRITON["record-step"] = functools.partial(record.test_record, 6, 4, 8, 8.0, "triton", CPU)

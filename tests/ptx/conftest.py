@@ -3,6 +3,7 @@
 import pytest
 
 from ptx import build
+from ptx.worker import Worker
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,11 @@ def architecture(request, all_cases) -> int:
     if request.param == 86 and not all_cases:
         pytest.skip("needs --all-compiled")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def worker():
+    """A process for what must not run in the tests' own."""
+    started = Worker(80)
+    yield started
+    started.close()

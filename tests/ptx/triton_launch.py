@@ -25,8 +25,8 @@ from tools import triton_report
 MULTIPROCESSORS = 2  # several programs, and several tiles a program
 
 TOLERATED = {
-    # threads load what one of them stores later, as tensors are smaller than a program has threads;
-    # only that one's value is used
+    # several threads load what one of them stores later, where a tensor is smaller than a program
+    # has threads; only that one's value is used
     r"^_(sgd|record_step|linear_cross_entropy)_kernel.*: global memory (read|written) with no",
     # lanes store one sum to one place, made in a butterfly whose first addition LLVM contracts to
     # a fused multiply-add: two lanes' sums differ by a rounding, and either may stay

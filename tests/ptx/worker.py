@@ -31,9 +31,9 @@ class Worker:
             env={**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0"},
         )
 
-    def run(self, kind: str, case: str) -> str | None:
+    def run(self, kind: str, case: str, *arguments: int) -> str | None:
         """What is wrong; None: nothing."""
-        self.process.stdin.write(json.dumps([kind, case]) + "\n")
+        self.process.stdin.write(json.dumps([kind, case, *arguments]) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         return json.loads(answer) if answer else f"the worker ended: {self.process.wait()}"
@@ -54,9 +54,9 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     Launches(int(sys.argv[1]))
     for line in sys.stdin:
-        kind, case = json.loads(line)
+        kind, case, *arguments = json.loads(line)
         try:
-            getattr(cases, kind)[case]()
+            getattr(cases, kind)[case](*arguments)
             answer = None
         except Exception:
             answer = traceback.format_exc()
