@@ -77,6 +77,7 @@ PYBIND11_MODULE(ptx_interpreter, module) {
       .def_readwrite("seed", &Machine::seed)
       .def_readwrite("early_copies", &Machine::early_copies)
       .def_readwrite("architecture", &Machine::architecture)
+      .def_readonly("last_kernel", &Machine::last_kernel)
       .def("load", &Machine::load)
       .def("forget", &Machine::forget)
       .def("take_findings", &Machine::take_findings)

@@ -299,6 +299,7 @@ void Machine::run(const Launch& launch, const uint8_t* parameters) {
   const bool overlaps = launch.overlaps && architecture >= 90;
   memory.begin_launch(overlaps);
   const size_t warps = (threads + 31) / 32;
+  last_kernel = launch.kernel;
   counters.warps.assign(warps, {});
   counters.instructions.assign(program.code.size(), {});
   std::vector<uint64_t> registers(program.register_bytes / 8 * warps);
