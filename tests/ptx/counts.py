@@ -18,6 +18,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -63,31 +64,53 @@ class Counting(cuda.Kernels):
         return status
 
 
-def forward(C, stride, kind) -> tuple[str, Callable]:
-    def run(kernels, N, dtype):
-        convolutions.test_forward(kernels, C, stride, kind, N, 1, "forward", dtype)
+@dataclass(frozen=True)
+class Kernel:
+    """How one kernel is run.
 
-    return "conv3x3_forward", run
+    function: of the launcher
+    run: calls it with kernels, images, blocks and dtype
+    blocks: that share their images
+    images_together: that a group of warps works on side by side
+    """
+
+    function: str
+    run: Callable
+    blocks: int = 1
+    images_together: int = 1
 
 
-def backward(C, stride, b1) -> tuple[str, Callable]:
-    def run(kernels, N, dtype):
-        blocks = 2 if C == 64 else 1
+TOGETHER = {16: 1, 32: 2, 64: 4}  # images, by the channels of a convolution's input
+
+
+def forward(C, stride, kind) -> Kernel:
+    def run(kernels, N, blocks, dtype):
+        convolutions.test_forward(kernels, C, stride, kind, N, blocks, "forward", dtype)
+
+    return Kernel("conv3x3_forward", run, 1, TOGETHER[C])
+
+
+def backward(C, stride, b1) -> Kernel:
+    def run(kernels, N, blocks, dtype):
         convolutions.test_backward(kernels, C, stride, b1, N, blocks, "forward", dtype)
 
-    return "conv3x3_backward", run
+    return Kernel("conv3x3_backward", run, 2 if C == 64 else 1, TOGETHER[C])
 
 
-def run_pool(kernels, N, dtype):
-    pool.test_pool(kernels, "identity", N, 1, "forward", dtype)
+def others(function, test) -> Kernel:
+    def run(kernels, N, blocks, dtype):
+        test(kernels, N, blocks, "forward", dtype)
+
+    return Kernel(function, run)
 
 
-# kernel and place, as bench.traffic has them: function of the launcher, and what calls it
+def run_pool(kernels, *arguments):
+    pool.test_pool(kernels, "identity", *arguments)
+
+
+# kernel and place, as bench.traffic has them
 KERNELS = {
-    ("stem", "32x32x16"): (
-        "stem_forward",
-        lambda kernels, N, dtype: stem.test_stem_forward(kernels, N, 1, "forward", dtype),
-    ),
+    ("stem", "32x32x16"): others("stem_forward", stem.test_stem_forward),
     ("F1, no shortcut", "32x32x16"): forward(16, 1, "no"),
     ("F1", "32x32x16"): forward(16, 1, "identity"),
     ("F1, stride 2", "16x16x32"): forward(16, 2, "identity"),
@@ -100,8 +123,8 @@ KERNELS = {
     ("F2", "32x32x16"): forward(16, 1, None),
     ("F2", "16x16x32"): forward(32, 1, None),
     ("F2", "8x8x64"): forward(64, 1, None),
-    ("head", "8x8x64"): ("pool_forward", run_pool),
-    ("head backward", "8x8x64"): ("pool_backward", run_pool),
+    ("head", "8x8x64"): others("pool_forward", run_pool),
+    ("head backward", "8x8x64"): others("pool_backward", run_pool),
     ("B2", "32x32x16"): backward(16, 1, False),
     ("B2", "16x16x32"): backward(32, 1, False),
     ("B2", "8x8x64"): backward(64, 1, False),
@@ -110,10 +133,7 @@ KERNELS = {
     ("B1", "8x8x64"): backward(64, 1, True),
     ("B1, stride 2", "16x16x32"): backward(16, 2, True),
     ("B1, stride 2", "8x8x64"): backward(32, 2, True),
-    ("stem backward", "32x32x16"): (
-        "stem_backward",
-        lambda kernels, N, dtype: stem.test_stem_backward(kernels, N, 1, "forward", dtype),
-    ),
+    ("stem backward", "32x32x16"): others("stem_backward", stem.test_stem_backward),
 }
 
 
@@ -136,16 +156,16 @@ def roles_of(warps: np.ndarray) -> dict[str, np.ndarray]:
 
 def tidy(value: float) -> float:
     """Without the tail of a division by the number of images."""
-    return round(value, 2)
+    return round(float(value), 2)
 
 
 def count(name: tuple[str, str], dtype: str) -> dict:
     """Roles and conflicts of one kernel; see the module."""
-    function, run = KERNELS[name]
+    one = KERNELS[name]
     kernels, made = counting(), []
     for images in (FEW, MANY):
-        run(kernels, images, DTYPES[dtype])
-        made.append(kernels.last[function])
+        one.run(kernels, images, one.blocks, DTYPES[dtype])
+        made.append(kernels.last[one.function])
     (kernel, few, few_code), (_, many, many_code) = made
     image = (many - few) / (MANY - FEW)
     block = few - FEW * image
@@ -155,7 +175,7 @@ def count(name: tuple[str, str], dtype: str) -> dict:
         for what, counts in (("image", image), ("block", block)):
             sums = counts[chosen].sum(0)
             roles[role][what] = {
-                field: tidy(float(total)) for field, total in zip(FIELDS, sums, strict=False)
+                field: tidy(total) for field, total in zip(FIELDS, sums, strict=False)
             }
     conflicts = {}
     lines = kernels.machine.instructions(kernel)
@@ -165,6 +185,8 @@ def count(name: tuple[str, str], dtype: str) -> dict:
             key = (instruction, tidy(wavefronts / executed), tidy(least / executed))
             conflicts[key] = conflicts.get(key, 0) + executed
     return {
+        "blocks": one.blocks,
+        "images_together": one.images_together,
         "roles": roles,
         "conflicts": [
             {"instruction": key[0], "wavefronts": key[1], "least": key[2], "image": tidy(times)}
@@ -227,7 +249,8 @@ def text_of(counts: dict) -> str:
         roles = [f"{json.dumps(role)}: {json.dumps(one)}" for role, one in made["roles"].items()]
         conflicts = [json.dumps(one) for one in made["conflicts"]]
         kernels.append(
-            f'{json.dumps(name)}: {{\n "roles": {block(roles, "{}")},\n'
+            f'{json.dumps(name)}: {{\n "blocks": {made["blocks"]},'
+            f' "images_together": {made["images_together"]},\n "roles": {block(roles, "{}")},\n'
             f' "conflicts": {block(conflicts, "[]")}\n}}'
         )
     return "{\n" + ",\n".join(kernels) + "\n}\n"
