@@ -32,8 +32,8 @@ class Card:
 
 
 # Data sheets: NVIDIA Ampere GA102 white paper (RTX 3080 10 GB, 3090), Ada white paper (RTX 4090),
-# A100, H100 and H200 data sheets (SXM). Rates at boost clock; the clock of the last two follows from
-# the rate, with 4096 FLOP a cycle and multiprocessor.
+# A100, H100 and H200 data sheets (SXM). Rates at boost clock; the clock of the last two follows
+# from the rate, with 4096 FLOP a cycle and multiprocessor.
 CARDS = {
     card.name: card
     for card in (

@@ -2,7 +2,6 @@
 with the PTX of their kernels. Each is built once a change of its sources, in a temporary folder
 that outlives the session."""
 
-import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -160,12 +159,3 @@ def load_operations(kernels: Path) -> None:
     words = [emulation.compiler(), torch.__version__, *flags, *link]
     folder = built("ptx_operations", sources, words, build)
     torch.ops.load_library(folder / "operations.so")
-
-
-def attach(kernels: Path, machine) -> ctypes.CDLL:
-    """The library of launchers, whose launches ``machine`` runs."""
-    library = ctypes.CDLL(str(kernels / "kernels.so"))
-    library.ptx_attach(ctypes.c_void_p(machine.hooks()))
-    for text in sorted(kernels.glob("*.ptx")):
-        machine.load(text.read_text())
-    return library

@@ -1,5 +1,6 @@
 """The package's CUDA launchers on the interpreter, in the form of ``emulation.Kernels``."""
 
+import ctypes
 import functools
 import re
 
@@ -79,12 +80,17 @@ class Kernels(Machine, emulation.Kernels):
     def __init__(self, architecture: int):
         Machine.__init__(self, architecture)
         self.folder = build.launchers(architecture)
-        emulation.Kernels.__init__(self, build.attach(self.folder, self.machine))
+        emulation.Kernels.__init__(self, ctypes.CDLL(str(self.folder / "kernels.so")))
+        self.hooks = ctypes.c_void_p(self.machine.hooks())
+        for text in sorted(self.folder.glob("*.ptx")):
+            self.machine.load(text.read_text())
 
     def set_order(self, order: str) -> None:
-        """One of ``ORDERS``; of the emulator's, which tests ask for, ``call`` needs none."""
+        """One of ``ORDERS``, for launches of this machine, which others may share the library with;
+        of the emulator's orders, which tests ask for, ``call`` needs none."""
         if order in ORDERS:
             Machine.set_order(self, order)
+            self.library.ptx_attach(self.hooks)
 
     def call(self, function, params, dtype, *sizes):
         written = [tensor for tensor, writable in params.tensors if writable]
