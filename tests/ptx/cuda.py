@@ -86,8 +86,8 @@ class Kernels(Machine, emulation.Kernels):
             self.machine.load(text.read_text())
 
     def set_order(self, order: str) -> None:
-        """One of ``ORDERS``, for launches of this machine, which others may share the library with;
-        of the emulator's orders, which tests ask for, ``call`` needs none."""
+        """One of ``ORDERS``; of the emulator's, which tests ask for, ``call`` needs none. The
+        library launches on this machine then, until another that shares it is set."""
         if order in ORDERS:
             Machine.set_order(self, order)
             self.library.ptx_attach(self.hooks)

@@ -699,7 +699,7 @@ void Table::approximations() {
   constexpr auto P = Pipe::kFloat;
   one<float, float, [](float x) { return std::exp2(x); }>("ex2.approx.f32", P);
   one<float, float, [](float x) { return flushed(std::exp2(flushed(x))); }>("ex2.approx.ftz.f32",
-                                                                          P);
+                                                                            P);
   one<float, float, [](float x) { return std::log2(x); }>("lg2.approx.f32", P);
   two<float, float, float, [](float x, float y) { return flushed(flushed(x) + flushed(y)); }>(
       "add.ftz.f32", P);

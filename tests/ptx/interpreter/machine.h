@@ -116,7 +116,7 @@ class Machine {
   int architecture = 80;
 
   GlobalMemory memory;
-  Counters counters;         // of the last launch
+  Counters counters;        // of the last launch
   std::string last_kernel;  // its name
   // the places of all instructions of a program that were executed, over all launches
   std::map<std::string, std::vector<InstructionCounts>> executed;
