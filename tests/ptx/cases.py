@@ -14,12 +14,21 @@ import torch
 
 from cifar_resnet_fast import ops, reference
 from cifar_resnet_fast.kernels import launch
-from cifar_resnet_fast.ops import _dispatch
+from cifar_resnet_fast.ops import (
+    _dispatch,
+    _linear_cross_entropy,
+    _load_batch,
+    _record_step,
+    _sgd,
+)
 from cifar_resnet_fast.ops._trunk import cuda as trunk_cuda
+from cifar_resnet_fast.verification import networks
 from ptx import build, cuda
 
 CPU = torch.device("cpu")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LOADED = []  # architectures whose operations torch knows, the last ones in use
 SIZES = {"ragged-tiles": (2, 16, 16, 13, 11, 1), "stride-2-from-odd-sizes": (2, 16, 16, 5, 7, 2)}
 
 
@@ -53,11 +62,13 @@ def training_step(implementation, dtype, depth, batch):
         trunk.test_training_step(implementation, dtype, depth, batch, lambda _: None, CPU, patch)
 
 
-@functools.cache
 def compiled_trunk(architecture: int) -> cuda.Kernels:
     """The trunk's operations on CPU tensors run the compiled kernels from now on."""
     kernels = cuda.kernels(architecture)
-    build.load_operations(kernels.folder)
+    if architecture not in LOADED:
+        build.load_operations(kernels.folder)
+        LOADED.append(architecture)
+    assert LOADED[-1] == architecture, "operations that were loaded later cannot be taken back"
     _dispatch.why_not = lambda *_: None
     trunk_cuda.multiprocessors = lambda _: 2
     return kernels
@@ -85,9 +96,32 @@ def cuda_evaluation(dtype, depth, batch, architecture):
     kernels.check("evaluation")
 
 
+def whole_step(dtype, depth, batch, architecture):
+    """The engine's: the trunk, forward and backward, on its CUDA kernels; the batch, the last layer
+    with the loss, the optimizer and the record of the step on their Triton kernels."""
+    kernels = compiled_trunk(architecture)
+    kernels.set_order("random")
+    problem = networks.Problem(depth, batch, NAMES[dtype], CPU)
+    launched = launch.launch.__self__.launched
+    launched.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (_load_batch, _linear_cross_entropy, _sgd, _record_step):
+            patch.setattr(module, "choose", lambda *_: "triton")
+        networks.verify_step(problem, "cuda")
+    kernels.check("whole step")
+    assert launched >= {
+        "_load_batch_kernel",
+        "_linear_cross_entropy_kernel",
+        "_linear_cross_entropy_merge_kernel",
+        "_sgd_check_kernel",
+        "_sgd_kernel",
+        "_record_step_kernel",
+    }
+
+
 CUDA = {
     f"{kind.__name__}-{name}": functools.partial(kind, DTYPES[name], 8, 3)
-    for kind in (cuda_training_step, cuda_evaluation)
+    for kind in (cuda_training_step, cuda_evaluation, whole_step)
     for name in ("fp16", "bf16")
 }
 

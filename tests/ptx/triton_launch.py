@@ -46,6 +46,7 @@ class Launches(Machine):
         super().__init__(architecture)
         self.tolerated = TOLERATED
         self.compiled = {}
+        self.launched = set()  # the names of kernels
         CUDABackend.make_cubin = lambda *_, **__: b""  # no ptxas
         launch.launch = self.launch
         launch.capability = lambda device: divmod(architecture, 10)
@@ -73,6 +74,7 @@ class Launches(Machine):
         return self.compiled[key]
 
     def launch(self, kernel, grid: tuple[int, ...], **arguments) -> None:
+        self.launched.add(kernel.fn.__name__)
         entry, threads, shared = self.compile(kernel, arguments)
         tensors, values = [], []
         for parameter in kernel.params:
