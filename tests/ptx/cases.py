@@ -97,8 +97,8 @@ def cuda_evaluation(dtype, depth, batch, architecture):
 
 
 def whole_step(dtype, depth, batch, architecture):
-    """The engine's: the trunk, forward and backward, on its CUDA kernels; the batch, the last layer
-    with the loss, the optimizer and the record of the step on their Triton kernels."""
+    """The engine's: the trunk, forward and backward, on its CUDA kernels; the batch, the last
+    layer with the loss, the optimizer and the record of the step on their Triton kernels."""
     kernels = compiled_trunk(architecture)
     kernels.set_order("random")
     problem = networks.Problem(depth, batch, NAMES[dtype], CPU)

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from ptx import build
 
@@ -153,19 +154,26 @@ def test_failures(interpreter, body, found):
         run(interpreter, body)
 
 
-def test_conversions_are_those_of_numpy(interpreter):
-    values = np.array(
-        [0.0, -0.0, 1.0, 65504, 65519.99, 65520, 1e-8, 2.98e-8, 6.1e-5, -3.14159, 1e30, np.inf],
-        dtype=np.float32,
-    )
-    for value in values:
-        word = f"0f{value.view(np.uint32):08X}"
+VALUES = [0.0, -0.0, 1.0, 65504, 65519.99, 65520, 1e-8, 2.98e-8, 6.1e-5, -3.14159, 1e30]
+VALUES += [3.3895e38, 3.4e38, 1e-40, float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)], ids=["fp16", "bf16"]
+)
+def test_conversions_are_those_of_torch(interpreter, name, dtype):
+    """To 16 bits and back."""
+    for value in torch.tensor(VALUES):
+        word = f"0f{value.view(torch.int32).item() & 0xFFFFFFFF:08X}"
         memory, _ = run(
             interpreter,
-            f"cvt.rn.f16.f32 %h1, {word};\n  cvt.u32.u16 %r5, %h1;\n  st.global.u32 [%rd4], %r5;",
+            f"""
+  cvt.rn.{name}.f32 %h1, {word};
+  cvt.f32.{name} %f1, %h1;
+  st.global.f32 [%rd4], %f1;""",
         )
-        with np.errstate(over="ignore"):
-            assert memory[0] == value.astype(np.float16).view(np.uint16)
+        made = torch.from_numpy(memory.view(np.float32))[0]
+        assert torch.equal(made.nan_to_num(nan=7), value.to(dtype).float().nan_to_num(nan=7))
 
 
 @pytest.mark.parametrize(
