@@ -2,7 +2,8 @@
 # make test             run the tests
 # make gpu-check        whether every kernel is right on this GPU: two minutes, a line a check, selfcheck.json
 # make bench            measure operations, kernels, steps and loaders on the GPU, and draw the report
-# make kernels-report   registers, spills and shared memory of every CUDA and Triton kernel; needs nvcc, no GPU
+# make kernels-report   registers, spills and shared memory of every CUDA and Triton kernel, and what those of
+#                       a training step cost: sectors, conflicts of banks, instructions; needs nvcc, no GPU
 # make fuzz             give new bad inputs of every kind to everything; MINUTES=30 says how long
 # make kill-test        kill and resume runs at random moments, half under torchrun; RUNS=100 kills
 # make lint             ruff and clang-format, as pre-commit runs them
@@ -42,6 +43,7 @@ bench: $(INSTALLED)
 kernels-report: $(INSTALLED)
 	$(BIN)/python tools/ptxas_report.py
 	$(BIN)/python -m tools.triton_report
+	PYTHONPATH=tests:. $(BIN)/python -m ptx.counts
 
 MINUTES ?= 30
 fuzz: $(INSTALLED)

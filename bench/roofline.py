@@ -1,16 +1,18 @@
 """Bytes, operations and floors of the whole step: ``python -m bench.roofline``.
 
 Needs no GPU and measures nothing. ``--card`` names a data sheet; ``--predict`` adds a prediction
-of the step's time there, made from measurements on another card (``bench/prediction.py``).
+of the step's time there, made from measurements on another card (``bench/prediction.py``), and one
+made from counts of the compiled kernels (``bench/counted.py``), whose error it shows.
 """
 
 import argparse
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from bench import prediction
+from bench import counted, prediction
 from bench import traffic as kernels
 from bench.cards import CARDS, Card
 from bench.traffic import SIDES, Sizes, Work, place
@@ -182,6 +184,58 @@ def prediction_lines(depth: int, batch: int, dtype: str, card: Card) -> list[str
     ]
 
 
+def counted_lines(depth: int, batch: int, dtype: str, card: Card) -> list[str]:
+    """What the counts of the compiled kernels say of each launch and of the step, beside what was
+    measured."""
+    lines = [
+        f"COUNTED from the compiled kernels, us a launch on {card.name}: the longest "
+        "of the four is the model's time",
+        f"{'kernel':24} {'at':10} {'times':>5} {'memory':>7} {'tensor':>7} {'shared':>7} "
+        f"{'issue':>7}  limit",
+    ]
+    steps = training_step(depth, batch, dtype)
+    for work, times in Counter(steps).items():
+        made = counted.times(work, batch, card, dtype)
+        if made is not None:
+            limits = " ".join(f"{1e6 * seconds:7.1f}" for seconds in vars(made).values())
+            lines.append(f"{work.kernel:24} {work.place:10} {times:5} {limits}  {made.limit}")
+    errors, ratios = [], []
+    prototypes = {
+        (work.kernel, work.place): work
+        for work in training_step(56, prediction.BATCH, prediction.DTYPE)
+    }
+    for name, us in prediction.PROTOTYPE_US.items():
+        work = prototypes[name]
+        made = counted.times(work, prediction.BATCH, CARDS["H100"], prediction.DTYPE)
+        what = f"{work.kernel} at {work.place}, {prediction.PROTOTYPE}"
+        errors.append(_error(what, made.longest, us, "us"))
+        ratios.append(us / (1e6 * made.longest))
+    for (measured_depth, images), ms in counted.STEPS_ON_H200.items():
+        measured = training_step(measured_depth, images, "fp16")
+        seconds = counted.step(measured, images, CARDS["H200"], "fp16")
+        what = f"step of ResNet-{measured_depth}, H200, batch {images}, fp16"
+        errors.append(_error(what, seconds, ms, "ms"))
+    seconds = counted.step(steps, batch, card, dtype)
+    mean = statistics.geometric_mean(ratios)
+    return [
+        *lines,
+        "  the error of this model, where there are measurements:",
+        *errors,
+        f"PREDICTION by the counts, not a measurement: {1e3 * seconds:.1f} ms a training step on "
+        f"{card.name}, {1e3 * seconds * mean:.1f} ms if it is {mean:.2f} times the model as the "
+        "kernels on the H100 are on average",
+    ]
+
+
+def _error(what: str, seconds: float, measured: float, unit: str) -> str:
+    """A line: model, measurement, and by how much the model misses it."""
+    model = seconds * (1e6 if unit == "us" else 1e3)
+    return (
+        f"    {what:62} model {model:7.2f} {unit}, measured {measured:7.2f}: "
+        f"{model / measured - 1:+4.0%}"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__)
     parser.add_argument("--card", choices=CARDS, default="RTX 3080")
@@ -220,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print("\n".join(kernel_lines(training_step(*problem), card, options.dtype) + lines))
     if options.predict:
-        print("\n".join(prediction_lines(*problem, card)))
+        print("\n".join(prediction_lines(*problem, card) + counted_lines(*problem, card)))
     if options.resources:
         holds, words = prediction.check_resources(card.architecture)
         print(f"  resources, compiled for sm_{card.architecture}: {words}")

@@ -90,6 +90,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-compiled",
+        action="store_true",
+        help="tests/ptx: the cases that take longer than CI has, too",
+    )
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """Bytes and operations against tensors and counters of the real network; floors; prediction."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import prediction, roofline, traffic
+from bench import counted, prediction, roofline, traffic
 from bench.cards import CARDS, Card
 from bench.traffic import Sizes
 from cifar_resnet_fast import FastResNet
@@ -179,6 +180,38 @@ def test_prediction_is_above_the_floor():
     card = CARDS["RTX 3080"]
     best, worst = prediction.predict(steps, card, "fp16")
     assert roofline.floors(steps, card, "fp16").kernels < best < worst
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_every_kernel_of_the_trunk_is_counted(depth, dtype):
+    """In the counts of the compiled code; what is left are the kernels around the trunk."""
+    card = CARDS["RTX 3080"]
+    steps = roofline.training_step(depth, 128, dtype)
+    left = {w.kernel for w in steps if counted.times(w, 128, card, dtype) is None}
+    assert left == {"loader", "linear", "linear backward", "optimizer"}
+
+
+def test_counted_matrix_instructions_are_the_networks():
+    """A multiprocessor's share of a whole number of images needs the time of its operations."""
+    card = CARDS["H100"]
+    batch = 4 * card.multiprocessors
+    for work in roofline.training_step(56, batch, "bf16"):
+        times = counted.times(work, batch, card, "bf16")
+        if times is None or not work.flops or work.kernel.startswith("stem"):
+            continue
+        exact = work.flops / counted.reached(card).tensor
+        # at stride 2 a border's products with padding are left out
+        assert 0.97 * exact <= times.tensor <= exact * (1 + 1e-9), work.kernel
+
+
+def test_model_is_below_what_was_measured():
+    """It has no latencies, so that a time above a measurement would be a mistake of its counts."""
+    lines = "\n".join(roofline.counted_lines(56, 1024, "fp16", CARDS["RTX 3080"]))
+    errors = re.findall(r"measured +[\d.]+: +([+-]\d+)%", lines)
+    assert len(errors) == len(prediction.PROTOTYPE_US) + len(counted.STEPS_ON_H200)
+    assert all(int(error) < 0 for error in errors)
+    assert "PREDICTION by the counts, not a measurement" in lines
 
 
 def test_command_line(capsys):

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "conv3x3/conv3x3.h"
-#include "emulator.h"
+#include "engine.h"
 #include "pool/pool.h"
 #include "stem/stem.h"
 #include "weights/weights.h"

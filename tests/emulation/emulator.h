@@ -24,6 +24,8 @@
 #include <cstring>
 #include <functional>
 
+#include "engine.h"
+
 #define DEVICE inline
 #define HOST_DEVICE inline
 #define __device__
@@ -47,12 +49,6 @@ inline uint2 make_uint2(uint32_t x, uint32_t y) {
 namespace cifar_resnet_fast {
 
 // ---- what emulator.cpp does ----
-
-enum class Order { kRoundRobin, kFirstWarpFirst, kLastWarpFirst };
-void set_order(Order order);
-// the tensors that the next launches may touch
-void allow(const void* start, size_t bytes, bool writable);
-void forbid_all();
 
 int thread_index();
 int block_index();
@@ -86,8 +82,6 @@ struct LaunchShape {
   bool overlap;
   void* stream;
 };
-// whether the last kernel was launched to start while the one before it ran
-bool last_overlapped();
 // 0; throws what the checks above find
 int run_blocks(const LaunchShape& shape, const std::function<void()>& kernel);
 

@@ -1,17 +1,11 @@
 // The trunk's operations of csrc/bindings/trunk.h on CPU tensors, with the emulated kernels;
 // loaded by torch.ops.load_library after the package's _C, which has their names.
 //
-// The emulator's declarations only: this file is compiled without emulator.h, whose stand-ins for
-// CUDA's types would meet torch's.
-#include <cstddef>
-
+// This file is compiled without emulator.h, whose stand-ins for CUDA's types would meet torch's.
 #include "bindings/trunk.h"
+#include "engine.h"
 
 namespace cifar_resnet_fast {
-
-void allow(const void* start, size_t bytes, bool writable);
-void forbid_all();
-
 namespace {
 
 // A kernel may touch the tensors that its operation named, and nothing else.

@@ -1,0 +1,224 @@
+"""The compiled CUDA kernels against float64, in every order of warps, for batches of 1, 3 and 5.
+
+The cases are those of the emulated tests, whose functions run here on the interpreter.
+"""
+
+import ctypes
+
+import pytest
+import test_conv3x3_emulated as convolutions
+import test_evaluate_emulated as evaluation
+import test_pool_emulated as pool
+import test_stage_border as border
+import test_stem_emulated as stem
+import torch
+from emulation.checks import DTYPES, fragments
+
+from cifar_resnet_fast import reference
+from cifar_resnet_fast.verification.budget import assert_within_budget
+from ptx import cuda
+
+BATCHES = {1: 2, 3: 1, 5: 2}  # batch: blocks
+FORWARD = [  # C, stride, shortcut ("no" shortcut; None: F2)
+    *[(16, 1, kind) for kind in ("identity", "no", None)],
+    *[(C, 1, kind) for C in (32, 64) for kind in ("identity", "option_a", None)],
+    *[(16, 2, kind) for kind in ("identity", "no")],
+    *[(32, 2, kind) for kind in ("identity", "option_a")],
+]
+BACKWARD = [  # C, stride, B1
+    *[(C, 1, b1) for C in (16, 32, 64) for b1 in (False, True)],
+    *[(C, 2, True) for C in (16, 32)],
+]
+EVALUATE = [  # C, stride, shortcut
+    *[(16, 1, kind) for kind in ("none", "identity")],
+    *[(C, 1, kind) for C in (32, 64) for kind in ("none", "identity", "option_a")],
+    *[(C, 2, "none") for C in (16, 32)],
+]
+SHAPES = {  # N, C, H, W, K, stride
+    "first-border": (3, 16, 32, 32, 32, 2),
+    "second-border": (2, 32, 16, 16, 64, 2),
+    "one-image-of-odd-size": (1, 16, 7, 5, 32, 2),
+    "channels-not-of-16-bytes": (2, 6, 8, 6, 10, 2),
+    "stride-1": (2, 16, 5, 6, 48, 1),
+    "rows-that-leave-threads-over": (5, 24, 14, 10, 72, 2),
+    "more-channels-than-one-group": (2, 264, 4, 4, 520, 2),
+}
+ELEMENTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # as enum ElementType
+ORDER = "every"  # of the warps: cuda.Kernels runs them all
+
+in_both_types = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+in_batches = pytest.mark.parametrize("N", BATCHES, ids=lambda N: f"batch-{N}")
+
+
+def words(case) -> str:
+    return "-".join(str(value) for value in case)
+
+
+@pytest.fixture
+def kernels(architecture, all_cases, request):
+    batch = request.node.callspec.params.get("N")
+    if architecture != 80 and batch in (1, 5) and not all_cases:
+        pytest.skip("needs --all-compiled")
+    return cuda.kernels(architecture)
+
+
+@in_both_types
+@in_batches
+@pytest.mark.parametrize("case", FORWARD, ids=words)
+def test_forward(kernels, case, N, dtype):
+    convolutions.test_forward(kernels, *case, N, BATCHES[N], ORDER, dtype)
+
+
+@in_both_types
+@in_batches
+@pytest.mark.parametrize("case", BACKWARD, ids=words)
+def test_backward(kernels, case, N, dtype):
+    convolutions.test_backward(kernels, *case, N, BATCHES[N], ORDER, dtype)
+
+
+@in_both_types
+@in_batches
+@pytest.mark.parametrize("case", EVALUATE, ids=words)
+def test_evaluate(kernels, case, N, dtype):
+    evaluation.test_evaluate(kernels, *case, N, BATCHES[N], ORDER, dtype)
+
+
+@in_both_types
+@pytest.mark.parametrize("C", [16, 64])
+def test_sums_feed_the_next_kernel(kernels, C, dtype):
+    convolutions.test_sums_feed_the_next_kernel(kernels, C, dtype)
+
+
+@in_both_types
+@in_batches
+def test_stem(kernels, N, dtype):
+    stem.test_stem_forward(kernels, N, BATCHES[N], ORDER, dtype)
+    stem.test_stem_backward(kernels, N, BATCHES[N], ORDER, dtype)
+
+
+@in_both_types
+def test_evaluate_stem(kernels, dtype):
+    evaluation.test_evaluate_stem(kernels, dtype)
+
+
+@in_both_types
+@in_batches
+@pytest.mark.parametrize("kind", ["identity", "option_a"])
+def test_pool(kernels, kind, N, dtype):
+    pool.test_pool(kernels, kind, N, BATCHES[N], ORDER, dtype)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("count", [1, 66, 300])
+def test_sum_slabs(kernels, count, layout):
+    stem.test_sum_slabs(kernels, 16, 32, count, 3, layout)
+
+
+def lane_weights(weight):
+    """The fragments of a [K, C, 3, 3] weight, element by element as weights.h has them."""
+    K, C = weight.shape[:2]
+    lane = torch.arange(32)
+    g, t = lane // 4, lane % 4
+    made = []
+    for h in range(K // 16):
+        out = 16 * h + 4 * (g // 2) + g % 2
+        for tap in weight.flatten(2).unbind(2):
+            for s in range(C // 16):
+                into = 16 * s + 2 * t
+                made += [tap[out + 2 * p, into + d] for p in (0, 1) for d in (0, 1, 8, 9)]
+    return torch.stack(made).view(-1, 8, 32).transpose(1, 2).flatten()
+
+
+@in_both_types
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize(("K", "C"), [(16, 3), (16, 16), (32, 16), (32, 32), (64, 32), (64, 64)])
+def test_weights(kernels, K, C, last, dtype):
+    weight = torch.randn(K, C, 3, 3, generator=torch.Generator().manual_seed(K + C))
+    layout = torch.channels_last if last else torch.contiguous_format
+    made = fragments(kernels, weight.contiguous(memory_format=layout), dtype)
+    rounded = weight.to(dtype)
+    if C == 3:  # 16 "input channels" of row ky: 4 pixels kx times 4 channels
+        padded = torch.zeros(K, 4, 4, 3, dtype=dtype)  # [K, kx, c, ky]
+        padded[:, :3, :3] = rounded.permute(0, 3, 1, 2)
+        assert torch.equal(made["forward"], lane_weights(padded.view(K, 16, 3, 1)))
+        return
+    assert torch.equal(made["forward"], lane_weights(rounded))
+    mirrored = rounded.flip(2, 3).transpose(0, 1)
+    assert torch.equal(made["backward"], lane_weights(mirrored))
+
+
+class Shortcut:
+    """The launchers of shortcuts.cpp, for one shape and dtype."""
+
+    def __init__(self, kernels, shape, dtype):
+        self.kernels = kernels
+        N, C, H, W, K, stride = shape
+        size = dtype.itemsize
+        wide = C * size % 16 == 0 and (K - C) // 2 * size % 16 == 0
+        self.unit_bytes = 16 if wide else size
+        self.sizes = (ctypes.c_longlong * 7)(N, H, W, C, K, stride, self.unit_bytes // size)
+
+    def rows(self) -> int:
+        """Of the partial sums of the stage border's backward."""
+        return self.kernels.library.ptx_stage_border_rows(self.sizes)
+
+    def call(self, function: str, read, written, *numbers: int) -> None:
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in [*read, *written]]
+        if function != "ptx_shortcut_a":
+            pointers = [(ctypes.c_void_p * len(pointers))(*pointers)]
+        for tensors, writable in ((read, False), (written, True)):
+            for tensor in tensors:
+                self.kernels.library.emulated_allow(tensor.data_ptr(), tensor.nbytes, writable)
+        launcher = getattr(self.kernels.library, function)
+        status = self.kernels.in_every_order(
+            function, written, lambda: launcher(self.sizes, *numbers, self.unit_bytes, *pointers)
+        )
+        self.kernels.library.emulated_forbid_all()
+        assert status == 0
+
+
+def nan_like(tensor):
+    return torch.full_like(tensor, float("nan"))
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shortcut_a(kernels, shape, dtype):
+    N, C, H, W, K, stride = shape
+    y, *_, x, dout = border.arguments(*shape, dtype)
+    x.requires_grad_()
+    expected = reference.shortcut_a(x, K, stride)
+    (expected_dx,) = torch.autograd.grad(expected, x, dout)
+    shortcut = Shortcut(kernels, shape, dtype)
+    out, dx = nan_like(y), nan_like(x)
+    shortcut.call("ptx_shortcut_a", [x], [out], 0)
+    shortcut.call("ptx_shortcut_a", [dout], [dx], 1)
+    assert torch.equal(out, expected)
+    assert torch.equal(dx, expected_dx)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_stage_border(kernels, shape, dtype):
+    stride = shape[-1]
+    tensors = y, scale, shift, x, dout = border.arguments(*shape, dtype)
+    shortcut, kind = Shortcut(kernels, shape, dtype), ELEMENTS.index(dtype)
+    out, dy, dx, dscale, dshift = (nan_like(t) for t in (y, y, x, scale, shift))
+    shortcut.call("ptx_stage_border", [y, scale, shift, x], [out], kind)
+    partial = torch.full((shortcut.rows(), 2, len(scale)), float("nan"), dtype=scale.dtype)
+    written = [dy, dscale, dshift, dx, partial]
+    shortcut.call("ptx_stage_border_backward", [dout, out, y, scale], written, kind)
+    expected, eager = border.run(reference.stage_border, tensors, stride)
+    assert torch.equal(out, expected)
+    assert torch.equal(dy, eager[0])
+    assert torch.equal(dx, eager[3])
+    dz = dout.double() * (out > 0)
+    for name, ours, theirs, terms in (
+        ("dscale", dscale, eager[1], dz * y.double()),
+        ("dshift", dshift, eager[2], dz),
+    ):
+        if dtype == torch.float64:  # nothing is more exact here: the order of additions is left
+            allowed = terms.abs().sum((0, 2, 3)) * terms[:, 0].numel() * torch.finfo(dtype).eps
+            assert ((ours - terms.sum((0, 2, 3))).abs() <= allowed).all(), name
+        else:
+            assert_within_budget(name, ours, theirs, terms.sum((0, 2, 3)))
