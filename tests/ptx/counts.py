@@ -16,6 +16,8 @@ and from which bench.roofline predicts.
 import argparse
 import functools
 import json
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ import test_stem_emulated as stem
 import torch
 
 from ptx import build, cuda
+from tools import ptxas_report
 
 KEPT = Path(__file__).parents[2] / "bench" / "kernel_counts.json"
 ARCHITECTURE = 80
@@ -238,6 +241,19 @@ def differences(kept: dict, made: dict) -> list[str]:
     return found
 
 
+@functools.cache
+def compiler() -> str:
+    """Release of the nvcc here, such as 13.0: another one makes other instructions."""
+    command = [ptxas_report.find_nvcc(), "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", said)[1]
+
+
+def kept() -> dict:
+    """``{"nvcc": release, "kernels": {name: counts}}``, as ``--write`` left it."""
+    return json.loads(KEPT.read_text())
+
+
 def text_of(counts: dict) -> str:
     """JSON with a line for each role and each conflict, so that a review shows what changed."""
 
@@ -253,7 +269,7 @@ def text_of(counts: dict) -> str:
             f' "images_together": {made["images_together"]},\n "roles": {block(roles, "{}")},\n'
             f' "conflicts": {block(conflicts, "[]")}\n}}'
         )
-    return "{\n" + ",\n".join(kernels) + "\n}\n"
+    return f'{{"nvcc": "{compiler()}", "kernels": {{\n' + ",\n".join(kernels) + "\n}}\n"
 
 
 def main() -> int:
