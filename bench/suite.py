@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bench.cards import Card
-from cifar_resnet_fast.errors import first_line
+from cifar_resnet_fast.errors import first_line, is_out_of_memory
 from cifar_resnet_fast.verification.budget import Unavailable, WrongResult
 from cifar_resnet_fast.verification.identity import identity, output_of
 from cifar_resnet_fast.verification.measure import (
@@ -214,7 +214,7 @@ def reason_of(error: Exception) -> str:
     """
     while isinstance(error.__context__, FAILURES) and not error.__suppress_context__:
         error = error.__context__
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "out of memory"
     kind = "wrong result" if isinstance(error, WrongResult) else "failed"
     return f"{kind}: {first_line(error)}"

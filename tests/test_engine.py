@@ -297,15 +297,23 @@ def test_capture_that_fails_without_a_message_is_named():
     assert make_engine().capture(refused) == "RuntimeError"
 
 
-def test_out_of_memory_is_no_reason_to_go_on():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA out of memory. (originally from call(...) API call failed at ops.h)"),
+    ],
+    ids=["torch", "extension"],
+)
+def test_out_of_memory_is_no_reason_to_go_on(error):
     engine = make_engine()
     before = tensors(engine.state_dict())
 
     def full(function, warm_up, times=3):
         warm_up()
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)):
         engine.capture(full)
     assert_same(tensors(engine.state_dict()), before)
 

@@ -55,11 +55,19 @@ def test_host_memory_that_runs_out_is_one_line(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
-def test_device_memory_that_runs_out_says_what_fits(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA out of memory. (originally from call(...) API call failed at ops.h)"),
+    ],
+    ids=["torch", "extension"],
+)
+def test_device_memory_that_runs_out_says_what_fits(error, tmp_path, monkeypatch, capsys):
     """A device of 300 MB, of which a picture takes 10: with the steps of a CPU."""
 
     def step(engine):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     monkeypatch.setattr(Engine, "train_step", step)
     monkeypatch.setattr(Engine, "release", lambda engine: 300 * 2**20)

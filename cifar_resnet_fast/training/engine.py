@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.loader import Loader
-from cifar_resnet_fast.errors import first_line
+from cifar_resnet_fast.errors import first_line, is_out_of_memory
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.capture import CudaGraphs, Readback
@@ -199,7 +199,7 @@ class Engine:
             why they go on as they are, or None
 
         Raises:
-            torch.OutOfMemoryError: a step does not fit into the device's memory
+            RuntimeError: a step does not fit into the device's memory; see ``is_out_of_memory``
         """
         if self.done == len(self._schedule):
             return None  # no step is left
@@ -208,9 +208,9 @@ class Engine:
             with _Kept(self._state()):
                 self._replay = capture(self._run, lambda: self._run(dummy=True))
             self._evaluator.capture(capture)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             self.drop_graphs()
             return first_line(error)
         return None
@@ -257,7 +257,7 @@ class Engine:
         For a run that is over: changes the running statistics.
 
         Raises:
-            torch.OutOfMemoryError: it does not fit
+            RuntimeError: it does not fit; see ``is_out_of_memory``
         """
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)

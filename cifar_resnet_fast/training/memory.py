@@ -4,9 +4,7 @@ import contextlib
 import traceback
 from collections.abc import Callable, Iterator
 
-import torch
-
-from cifar_resnet_fast.errors import first_line
+from cifar_resnet_fast.errors import first_line, is_out_of_memory
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.training.engine import Engine
 
@@ -27,7 +25,7 @@ def batch_must_fit(batch_size: int, processes: Processes, engine: Engine) -> Ite
         return
     except RuntimeError as error:
         on_host = "can't allocate memory" in str(error)  # PyTorch has no class for it there
-        if not on_host and not isinstance(error, torch.OutOfMemoryError):
+        if not on_host and not is_out_of_memory(error):
             raise
         reason = first_line(error)
         traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
@@ -51,7 +49,7 @@ def largest_batch(
     A step takes so much for the network and so much a picture; two small batches tell both.
 
     Args:
-        measure: the bytes that a step of so many pictures takes at most; torch.OutOfMemoryError
+        measure: the bytes that a step of so many pictures takes at most; an error of memory
             where it does not fit
         wanted: pictures that do not fit
         available: bytes
@@ -65,7 +63,9 @@ def largest_batch(
     while not sizes:
         try:
             sizes = [(n, measure(n)) for n in (small, 2 * small)]
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if small == 1:
                 return 0, None
             small //= 2
@@ -78,6 +78,8 @@ def largest_batch(
         try:
             measure(largest)
             break
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             largest = max(int(0.95 * largest), 2 * n)  # what lies between the tensors counts, too
     return missing, largest

@@ -12,7 +12,7 @@ import traceback
 
 import torch
 
-from cifar_resnet_fast.errors import first_line
+from cifar_resnet_fast.errors import first_line, is_out_of_memory
 from cifar_resnet_fast.verification.budget import Unavailable, WrongResult
 from cifar_resnet_fast.verification.checks import Check
 from cifar_resnet_fast.verification.verdicts import FAILED, NOT_POSSIBLE, OK
@@ -35,14 +35,15 @@ def outcome_of(check: Check, device: torch.device) -> dict:
             reason = found
     except Unavailable as error:
         verdict, reason = NOT_POSSIBLE, first_line(error)
-    except torch.OutOfMemoryError:
-        verdict, reason, last = NOT_POSSIBLE, "out of memory", True
     except WrongResult as error:
         verdict, reason = FAILED, f"wrong result: {first_line(error)}"
     except Exception as error:
-        verdict, last = FAILED, True
-        data = {"traceback": traceback.format_exc()}
-        reason = f"error: {type(error).__name__}: {first_line(error)}"
+        last = True
+        if is_out_of_memory(error):
+            verdict, reason = NOT_POSSIBLE, "out of memory"
+        else:
+            verdict, data = FAILED, {"traceback": traceback.format_exc()}
+            reason = f"error: {type(error).__name__}: {first_line(error)}"
     return {"verdict": verdict, "reason": reason, "data": data, "last": last}
 
 
