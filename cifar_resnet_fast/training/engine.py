@@ -277,6 +277,24 @@ class Engine:
         self.optimizer.differentiate(logits.float().sum())
         return torch.cuda.max_memory_allocated(self._device) - before
 
+    def planned_bytes(self, pictures: int) -> tuple[int, int, int]:
+        """What decides how many networks like this one fit into the device's memory.
+
+        Args:
+            pictures: a step
+
+        Returns:
+            held: bytes of all state of this network
+            step: bytes that a step takes on top
+            available: bytes that are free now
+        """
+        state = self.state()
+        with _Kept(state):
+            step = self.step_bytes(pictures)
+        torch.cuda.empty_cache()
+        held = sum(t.nbytes for t in state) + self.optimizer.exchanged.nbytes
+        return held, step, torch.cuda.mem_get_info(self._device)[0]
+
     def drop_graphs(self) -> None:
         """Take steps and evaluation as they are from now on; what was captured is gone."""
         self._replay = self.run_step
