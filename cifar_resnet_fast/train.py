@@ -6,8 +6,9 @@ The module can be called: ``from cifar_resnet_fast import TrainConfig, train`` a
 torchrun starts several processes, one for each GPU: ``torchrun --nproc-per-node=4 -m
 cifar_resnet_fast.train``. They train one network together, and the first one writes the files.
 
-With ``--runs N`` each seed has a folder of its own, seed-0, seed-1, ..., and summary.json has the
-mean and the standard deviation.
+With ``--runs N`` each seed has a folder of its own, seed-0, seed-1, ..., and with ``--sweep`` each
+combination of settings has N; summary.json has the means and the standard deviations. ``--at-once
+M`` trains M of them at the same time.
 """
 
 import contextlib
@@ -15,14 +16,14 @@ import json
 import math
 import os
 import signal
-import statistics
 import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,13 @@ from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.pretrained import find_weights, read_weights
 from cifar_resnet_fast.processes import Processes, ProcessLostError
 from cifar_resnet_fast.resnet import FastResNet
-from cifar_resnet_fast.training.config import TrainConfig, flag_of, parse_flags, with_flag_name
+from cifar_resnet_fast.training.config import (
+    SWEPT,
+    TrainConfig,
+    flag_of,
+    parse_flags,
+    with_flag_name,
+)
 from cifar_resnet_fast.training.engine import DTYPES, Evaluator
 from cifar_resnet_fast.training.evaluate import (
     Scores,
@@ -43,6 +50,7 @@ from cifar_resnet_fast.training.evaluate import (
     write_predictions,
 )
 from cifar_resnet_fast.training.folder import hold, is_free
+from cifar_resnet_fast.training.many import train_many
 from cifar_resnet_fast.training.memory import BatchTooLargeError
 from cifar_resnet_fast.training.run import (
     IMAGENET_STATISTICS,
@@ -51,6 +59,7 @@ from cifar_resnet_fast.training.run import (
     RunStopped,
     write_json,
 )
+from cifar_resnet_fast.training.summary import summarize
 
 # what a command line may change with --resume: where things are and how they are shown
 _FREE_ON_RESUME = {
@@ -62,7 +71,11 @@ _FREE_ON_RESUME = {
     "epochs",
     "profile",
     "no_selfcheck",
+    "at_once",
 }
+
+# what a list of configs may differ in
+MAY_DIFFER = {*SWEPT, "seed", "milestones", "recipe", "out", "resume", "tensorboard"}
 
 # what goes with --eval: the data, where and how it runs, and what it writes
 _WITH_EVAL = {
@@ -97,59 +110,102 @@ class Result:
     metrics: the rows of metrics.jsonl, one for each epoch
     accuracy: of the last epoch that was evaluated, 0 .. 1; None if none was
     folder: of the run
+    failure: of one of several runs, whose loss or weights were not finite: why it has stopped;
+        None if it has not
     """
 
     model: FastResNet
     metrics: list[dict]
     accuracy: float | None
     folder: Path
+    failure: str | None = None
 
 
 def train(
-    config: TrainConfig,
+    config: TrainConfig | Sequence[TrainConfig],
     *,
     dataset: Dataset | None = None,
     on_epoch: Callable[[dict], object] | None = None,
-) -> Result:
+    at_once: int | str | None = None,
+) -> Result | list[Result]:
     """Train as ``python -m cifar_resnet_fast.train`` does, and give the network back.
+
+    With several runs, those of a config with ``runs`` or ``sweep`` or those of a list of configs,
+    a list of results comes back, and a run whose loss is not finite stops alone.
 
     Seeds PyTorch's generators with ``config.seed``. In the main thread Ctrl-C and SIGTERM stop the
     run between two steps.
 
     Args:
-        config: of one run. With ``resume`` only what the command line may change then
+        config: With ``resume`` only what the command line may change then. The configs of a list
+            are of one run each, with a folder of its own as ``out`` or ``resume``, and differ in
+            no more than ``MAY_DIFFER``
         dataset: to train on, in the place of what ``config.dataset`` names
         on_epoch: called with each epoch's row of metrics.jsonl; if it returns something true, the
-            run ends after this epoch. What it raises comes out of ``train``
+            run ends after this epoch. What it raises comes out of ``train``. Not with several runs
+        at_once: of several runs, how many train at the same time: a number, or ``auto`` for as
+            many as fit into the GPU's memory. Left out, one trains after the other
 
     Raises:
         ValueError, OSError: bad input, or a file that cannot be written
         BatchTooLargeError, FloatingPointError, ProcessLostError: as ``Run.train``
         KeyboardInterrupt: the user stopped the run, whose checkpoint is written
     """
-    for name, default in (("eval", None), ("config", None), ("runs", 1)):
-        if getattr(config, name) != default:
-            raise ValueError(
-                f"{name} must be left to the command line, got {getattr(config, name)}"
-            )
-    if config.resume and config.out:
-        raise ValueError(f"out must be left out with resume, got {config.out}")
-    defaults = TrainConfig()
-    names = (item.name for item in fields(config))
-    given = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(defaults, n)}
-    processes = Processes(_device_name(config), config.timeout)
-    with contextlib.ExitStack() as held:  # the run's folder, by the first process
-        job = _prepared(config, given, processes, held, dataset)
+    configs = [config] if isinstance(config, TrainConfig) else list(config)
+    if not configs:
+        raise ValueError("config must be at least one config, got an empty list")
+    if at_once is not None:
+        configs[0] = replace(configs[0], at_once=str(at_once))
+    for one in configs:
+        for name in ("eval", "config"):
+            if getattr(one, name) is not None:
+                raise ValueError(
+                    f"{name} must be left to the command line, got {getattr(one, name)}"
+                )
+        if one.resume and one.out:
+            raise ValueError(f"out must be left out with resume, got {one.out}")
+        if one.several and not isinstance(config, TrainConfig):
+            raise ValueError(f"config must be of one run each in a list, got {one.runs} runs")
+    processes = Processes(_device_name(configs[0]), configs[0].timeout)
+    with contextlib.ExitStack() as held:  # the runs' folders, by the first process
+        jobs: list[_Job] = []
         try:
-            (result,) = _train(job, on_epoch)
+            if not isinstance(config, TrainConfig):
+                configs[0].check_at_once(len(configs), processes.count)
+                at_once, configs[0] = configs[0].at_once, replace(configs[0], at_once=None)
+            for one in configs:
+                beside = jobs[0] if jobs else None
+                jobs.append(_prepared(one, _given(one), processes, held, dataset, beside))
+            if isinstance(config, TrainConfig) and not jobs[0].config.several:
+                return _train(jobs[0], on_epoch)
+            if on_epoch is not None:
+                raise ValueError("on_epoch must be left out with several runs")
+            if not isinstance(config, TrainConfig):
+                return _train_list(jobs, at_once)
+            results = _train_several(jobs[0])
+            if processes.rank == 0:
+                summarize(jobs[0].folder, jobs[0].config, _scores(results))
+            return results
         except RunStopped as stopped:
             raise KeyboardInterrupt(str(stopped)) from None
-        except BatchTooLargeError:
+        except (ValueError, OSError):  # with a batch that is too large among them
             if processes.rank == 0:
                 held.close()
-                _give_back(job.folder)
+                for job in jobs:
+                    _give_back(job.folder)
             raise
-    return result
+
+
+def _given(config: TrainConfig) -> dict:
+    """The settings that are not the defaults."""
+    defaults = TrainConfig()
+    names = (item.name for item in fields(config))
+    return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(defaults, n)}
+
+
+def _scores(results: list[Result]) -> list[float | None]:
+    """The accuracies; None of a run that has failed."""
+    return [None if r.failure is not None else r.accuracy for r in results]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -166,9 +222,16 @@ def main(arguments: list[str] | None = None) -> int:
                 return _evaluate(config, given)
             processes = Processes(_device_name(config), config.timeout)
             job = _prepared(config, given, processes, held)
-        results = _train(job, bad_input=_bad_input_exits)
-        if job.config.runs > 1 and processes.rank == 0:
-            _summarize(job.folder, job.config, [result.accuracy for result in results])
+        if not job.config.several:
+            _train(job, bad_input=_bad_input_exits)
+            return 0
+        results = _train_several(job, bad_input=_bad_input_exits)
+        if processes.rank == 0:
+            summarize(job.folder, job.config, _scores(results))
+        failures = [f"{r.folder}: {r.failure}" for r in results if r.failure is not None]
+        if failures:
+            _print_error("; ".join(failures))
+            return 1
     except RunStopped as stopped:
         if processes.rank == 0:
             print(stopped, file=sys.stderr)
@@ -236,20 +299,58 @@ def _train(
     job: _Job,
     on_epoch: Callable[[dict], object] | None = None,
     bad_input: Callable[[], AbstractContextManager] = nullcontext,
-) -> list[Result]:
-    """The runs of a job, one after the other; ``bad_input`` is around all that is not training."""
-    config, results = job.config, []
+) -> Result:
+    """The one run of a job; ``bad_input`` is around all that is not training."""
     with _parting(job.processes):
-        for seed in range(config.seed, config.seed + config.runs):
-            with contextlib.ExitStack() as held:
-                with bad_input():
-                    place = job.folder if config.runs == 1 else job.folder / f"seed-{seed}"
-                    if config.runs > 1 and job.processes.rank == 0:
-                        place.mkdir(exist_ok=True)
-                        held.enter_context(hold(place))
-                    run = Run(replace(config, seed=seed, runs=1), place, job.data, job.processes)
-                rows = run.train(on_epoch)
-                results.append(Result(run.trained, rows, run.accuracy, place))
+        with bad_input():
+            run = Run(job.config, job.folder, job.data, job.processes)
+        rows = run.train(on_epoch)
+        return Result(run.trained, rows, run.accuracy, job.folder)
+
+
+def _train_several(
+    job: _Job, bad_input: Callable[[], AbstractContextManager] = nullcontext
+) -> list[Result]:
+    """The runs of a job of several, each in a folder within the job's; see ``_train``."""
+
+    def begin(held: contextlib.ExitStack, name: str, config: TrainConfig) -> Run:
+        with bad_input():
+            place = job.folder / name
+            if job.processes.rank == 0:
+                place.mkdir(exist_ok=True)
+                held.enter_context(hold(place))
+            return Run(config, place, job.data.sharing(config), job.processes)
+
+    members = job.config.members().items()
+    advice = f"; go on with {flag_of('resume')} {job.folder}"
+    begins = [partial(begin, name=name, config=config) for name, config in members]
+    return _results(begins, job.config.at_once, job.processes, advice, bad_input)
+
+
+def _train_list(jobs: list[_Job], at_once: str | None) -> list[Result]:
+    """One run of each job, whose folders are held already."""
+
+    def begin(held: contextlib.ExitStack, job: _Job) -> Run:
+        return Run(job.config, job.folder, job.data, job.processes)
+
+    begins = [partial(begin, job=job) for job in jobs]
+    return _results(begins, at_once, jobs[0].processes, "", nullcontext)
+
+
+def _results(
+    begins: list[Callable[[contextlib.ExitStack], Run]],
+    at_once: str | None,
+    processes: Processes,
+    advice: str,
+    bad_input: Callable[[], AbstractContextManager],
+) -> list[Result]:
+    results = []
+    with _parting(processes):
+        try:
+            for run, rows, failure in train_many(begins, at_once, bad_input):
+                results.append(Result(run.trained, rows, run.accuracy, run.folder, failure))
+        except RunStopped as stopped:
+            raise RunStopped(f"{stopped}{advice}") from None
     return results
 
 
@@ -274,9 +375,10 @@ def _prepared(
     processes: Processes,
     held: contextlib.ExitStack,
     dataset: Dataset | None = None,
+    beside: _Job | None = None,
 ) -> _Job:
     """The settings, the folder and the data of a run; the first process finds out for all, and
-    has the folder until ``held`` is closed."""
+    has the folder until ``held`` is closed. A run ``beside`` another one shares its images."""
     folder = None
     if dataset is not None and not config.resume:
         config = replace(config, dataset=dataset.name)
@@ -286,19 +388,40 @@ def _prepared(
         else:
             config = _resolved(config, given, processes, named=dataset is None)
     config, folder = processes.tell((config, folder))
-    _verify_kernels(config, processes)
-    with processes.first_here_first():
-        if dataset is None:
-            dataset = load_dataset(config.dataset, config.data_root, config.limit)
-        elif config.limit is not None:
-            dataset = dataset.limited(config.limit)
-    data = RunData(config, dataset, processes)
+    runs = config.runs * len(config.settings())
+    if config.at_once is not None and not config.several:
+        raise ValueError(
+            f"at_once must be left out without {flag_of('runs')} or {flag_of('sweep')}, "
+            f"got {config.at_once}"
+        )
+    config.check_at_once(runs, processes.count)
+    if beside is None:
+        _verify_kernels(config, processes)
+        with processes.first_here_first():
+            if dataset is None:
+                dataset = load_dataset(config.dataset, config.data_root, config.limit)
+            elif config.limit is not None:
+                dataset = dataset.limited(config.limit)
+        data = RunData(config, dataset, processes)
+    else:
+        _check_alike(config, beside.config)
+        data = beside.data.sharing(config)
     if processes.rank == 0:
         if folder is None:
             folder = _claim_folder(config, held)
         elif "epochs" in given:
             write_json(folder / "config.json", config.to_dict())
     return _Job(config, processes.tell(folder), data, processes)
+
+
+def _check_alike(config: TrainConfig, first: TrainConfig) -> None:
+    """A config of a list can train beside the first one."""
+    for item in fields(config):
+        ours, theirs = getattr(config, item.name), getattr(first, item.name)
+        if item.name not in MAY_DIFFER and ours != theirs:
+            raise ValueError(
+                f"{item.name} must be the same in all configs of a list, got {theirs} and {ours}"
+            )
 
 
 def _verify_kernels(config: TrainConfig, processes: Processes) -> None:
@@ -422,9 +545,9 @@ def _claim_folder(config: TrainConfig, held: contextlib.ExitStack) -> Path:
 def _give_back(folder: Path) -> None:
     """Remove a run's folder in which nothing was trained yet."""
     metrics = folder / "metrics.jsonl"
-    if {path.name for path in folder.iterdir()} == {"config.json", metrics.name}:
-        (folder / "config.json").unlink()
-        metrics.unlink()
+    if {path.name for path in folder.iterdir()} <= {"config.json", metrics.name}:
+        for name in ("config.json", metrics.name):
+            (folder / name).unlink(missing_ok=True)
         folder.rmdir()
 
 
@@ -456,20 +579,6 @@ def _dtype(config: TrainConfig) -> str:
     if config.dtype != "auto":
         return config.dtype
     return "fp16" if _device_name(config) == "cuda" else "fp32"
-
-
-def _summarize(folder: Path, config: TrainConfig, accuracies: list[float]) -> None:
-    """Print and keep mean and standard deviation over the seeds."""
-    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
-    seeds = list(range(config.seed, config.seed + config.runs))
-    write_json(
-        folder / "summary.json",
-        {"seeds": seeds, "accuracies": accuracies, "mean": mean, "standard_deviation": deviation},
-    )
-    print(
-        f"{config.runs} runs of ResNet-{config.depth}: accuracy {100 * mean:.2f} % "
-        f"+- {100 * deviation:.2f} (mean, standard deviation); in {folder}"
-    )
 
 
 def _evaluate(config: TrainConfig, given: dict) -> int:

@@ -3,7 +3,12 @@
 Capturing records every operation below autograd with its tensors; replaying repeats the operations
 on the same memory, without the Python that led to them. So a step that relies on Python at replay,
 on a fresh tensor, or on an answer from the device, goes wrong here as it would on a GPU.
+
+Functions that run side by side are recorded one after the other and repeated with their operations
+interleaved, so that one which reads or writes what another one writes goes wrong, too.
 """
+
+from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor
@@ -68,6 +73,8 @@ class Rehearsal:
     def __init__(self):
         self.replays = 0
         self.operations = 0
+        self.branches = []  # of each capture that had several: how many
+        self._tape = None
 
     def __call__(self, function, warm_up, times=3):
         for _ in range(times):
@@ -81,11 +88,13 @@ class Rehearsal:
             tape.operations.append((start, (kernel, grid), arguments, [None]))
 
         launch.launch = recorded
+        self._tape = tape
         try:
             with tape:
                 function()
         finally:
             launch.launch = start
+            self._tape = None
         self.operations += len(tape.operations)
 
         def replay():
@@ -93,3 +102,22 @@ class Rehearsal:
             tape.replay()
 
         return replay
+
+    def side_by_side(self, functions):
+        def run():
+            if self._tape is None:
+                for function in functions:
+                    function()
+                return
+            operations, branches = self._tape.operations, []
+            for function in functions:
+                first = len(operations)
+                function()
+                branches.append(operations[first:])
+                del operations[first:]
+            # the last one is ahead
+            turns = zip_longest(*reversed(branches))
+            operations += [operation for operation in chain(*turns) if operation is not None]
+            self.branches.append(len(branches))
+
+        return run

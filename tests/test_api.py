@@ -162,7 +162,6 @@ def test_resume_finds_the_data_from_any_folder(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"eval": "x.pt"}, "eval must be left to the command line, got x.pt"),
-        ({"runs": 2}, "runs must be left to the command line, got 2"),
         ({"resume": "a", "out": "b"}, "out must be left out with resume, got b"),
     ],
 )

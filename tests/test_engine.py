@@ -11,7 +11,7 @@ from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.kernels import launch
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.training.capture import CudaGraphs, Readback
-from cifar_resnet_fast.training.engine import Engine
+from cifar_resnet_fast.training.engine import Engine, EngineGroup
 
 STEPS, EPOCHS = 3, 2  # 3 batches of 4 an epoch, one picture left over
 
@@ -38,9 +38,8 @@ def make_engine(device="cpu", dtype=torch.float32, loader=None, implementation="
         device=device,
         dtype=dtype,
         schedule=0.1 / (1 + torch.arange(STEPS * EPOCHS)),
-        seed=7,
         processes=Processes(),
-        **{"momentum": 0.9, "weight_decay": 1e-4, **settings},
+        **{"seed": 7, "momentum": 0.9, "weight_decay": 1e-4, **settings},
     )
 
 
@@ -116,7 +115,7 @@ def test_replayed_steps_are_the_eager_ones(variant, monkeypatch):
     def unreachable(*_, **__):
         raise AssertionError("a replay runs no Python of the step")
 
-    monkeypatch.setattr(Engine, "_run", unreachable)
+    monkeypatch.setattr(Engine, "run_step", unreachable)
     monkeypatch.setattr(FastResNet, "forward", unreachable)
     monkeypatch.setattr(Loader, "batch", unreachable)
     replayed, replayed_scores = train(captured)
@@ -465,3 +464,81 @@ def test_a_step_is_one_launch(device):
     calls = [event.name for event in profile.events() if event.name.startswith("cu")]
     launches = [name for name in calls if "Launch" in name or "Memcpy" in name]
     assert launches == ["cudaGraphLaunch"]
+
+
+# --- several at once ---------------------------------------------------------------------------
+
+
+def of_seed(seed, **settings):
+    """An engine whose weights, batches, rate and settings are not those of another seed."""
+    engine = make_engine(seed=seed, **settings)
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.mul_(1 + seed / 100)
+    return engine
+
+
+MEMBERS = (
+    {"weight_decay": 1e-3},
+    {"ema": 0.9, "loader": {"cutout": 8}},
+    {"nesterov": True, "label_smoothing": 0.1},
+    {"loader": {"mixup": 1.0, "cutmix": 1.0}},
+)
+
+
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "in turn"])
+def test_steps_at_once_are_the_steps_alone(captured, monkeypatch):
+    alone = [of_seed(seed, **settings) for seed, settings in enumerate(MEMBERS)]
+    group = [of_seed(seed, **settings) for seed, settings in enumerate(MEMBERS)]
+    before = [tensors(engine.state_dict()) for engine in group]
+    together, rehearsal = EngineGroup(group), Rehearsal()
+    if captured:
+        assert together.capture(rehearsal) is None
+        assert rehearsal.branches == [4]
+        for engine, state in zip(group, before, strict=True):
+            assert_same(tensors(engine.state_dict()), state)
+        monkeypatch.setattr(FastResNet, "forward", None)  # a replay runs no Python of the step
+    replayed = []
+    for _ in range(STEPS + 1):  # into the second epoch
+        together.train_step()
+        replayed.append([tensors(engine.state_dict()) for engine in group])
+    monkeypatch.undo()
+    assert rehearsal.replays == captured * (STEPS + 1), "one launch a step"
+    for states in replayed:
+        for engine, state in zip(alone, states, strict=True):
+            engine.train_step()
+            assert_same(tensors(engine.state_dict()), state)
+
+
+def test_rehearsal_sees_branches_that_touch_each_other():
+    shared, rehearsal = torch.ones(1), Rehearsal()
+
+    def add():
+        shared.mul_(2)
+        shared.add_(1)
+
+    def read():
+        shared.mul_(3)
+        shared.add_(2)
+
+    replay = rehearsal(rehearsal.side_by_side([add, read]), lambda: None)
+    after_capture = shared.clone()
+    shared.fill_(1)
+    replay()
+    assert not torch.equal(shared, after_capture)
+
+
+def test_steps_at_once_that_cannot_be_captured_run_in_turn(monkeypatch):
+    engines = [of_seed(0), of_seed(1)]
+    together = EngineGroup(engines)
+
+    class Refusing(Rehearsal):
+        def __call__(self, function, warm_up, times=3):
+            warm_up()
+            raise RuntimeError("operation not permitted\nmore")
+
+    assert together.capture(Refusing()) == "operation not permitted"
+    other = of_seed(0)
+    together.train_step()
+    other.train_step()
+    assert_same(tensors(engines[0].state_dict()), tensors(other.state_dict()))

@@ -90,6 +90,8 @@ FLOORS = {
     "training.trace": 4,
     "training.evaluate": 4.1,
     "training.run": 4.1,
+    "training.summary": 4.2,
+    "training.many": 4.2,
     "selfcheck": 5,
     "train": 5,
     "export": 5,

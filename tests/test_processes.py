@@ -317,14 +317,14 @@ def graphs(monkeypatch):
 
 def at_step(number, act, monkeypatch):
     """Act in place of that step, in the frames of its replay."""
-    step = Engine._run
+    step = Engine.run_step
 
     def acting(engine, dummy=False):
         if engine.done == number and not dummy:
             act()
         step(engine, dummy)
 
-    monkeypatch.setattr(Engine, "_run", acting)
+    monkeypatch.setattr(Engine, "run_step", acting)
 
 
 def raised(error):

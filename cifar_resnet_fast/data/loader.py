@@ -131,7 +131,8 @@ class Loader:
     alone.
 
     Args:
-        images: [N, 32, 32, 3] uint8, on the CPU
+        images: [N, 32, 32, 3] uint8, on the CPU; or the ``source`` of another loader, which is
+            then shared
         labels: [N] int64
         mean, std: [3] float32, full scale 1. of the normalisation
         batch_size: pictures a step, of all processes together; a multiple of their number
@@ -208,8 +209,10 @@ class Loader:
         self._window = None
         if resident is None:
             resident = _fits(images, device)
+        self.resident = resident
+        self.source = images, labels  # what another loader can share
         if resident:
-            self._images, self._labels = images.to(device), labels.to(device)
+            self._images, self._labels = self.source = images.to(device), labels.to(device)
         elif self._kinds is not None and processes > 1:
             raise ValueError(
                 f"mixup and cutmix must be 0 with several processes if the images do not fit into "

@@ -1,6 +1,6 @@
 """Device work that is recorded once and then repeated with one launch (layer 2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -50,6 +50,29 @@ class CudaGraphs:
             function()
         self._pool = graph.pool()
         return graph.replay
+
+    def side_by_side(self, functions: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        """What runs functions at the same time, each on a stream of its own, to be captured.
+
+        The streams fork from the current one and join it again. What a function allocates is
+        not reused by another one, since each stream has memory of its own.
+
+        Args:
+            functions: device work; none may write what another one reads or writes
+        """
+        streams = [torch.cuda.Stream() for _ in functions]
+
+        def run() -> None:
+            current = torch.cuda.current_stream()
+            forked = current.record_event()
+            for stream, function in zip(streams, functions, strict=True):
+                stream.wait_event(forked)
+                with torch.cuda.stream(stream):
+                    function()
+            for stream in streams:
+                current.wait_stream(stream)
+
+        return run
 
 
 def capture_for(device: torch.device) -> CudaGraphs | None:

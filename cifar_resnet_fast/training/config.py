@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -133,6 +134,15 @@ class TrainConfig:
     )
     seed: int = _flag(0, "of the initial weights and of every random draw")
     runs: int = _flag(1, "train so many times, with seeds from --seed on")
+    sweep: tuple[str, ...] = _flag(
+        (),
+        "train with each combination of these settings, such as lr=0.6,1.2 weight-decay=0,1e-4",
+    )
+    at_once: str | None = _flag(
+        None,
+        "with --runs or --sweep: networks that train at the same time on one GPU, a number or "
+        "auto, which is as many as fit into its memory",
+    )
 
     dtype: str = _flag(
         "auto",
@@ -260,6 +270,13 @@ class TrainConfig:
             lambda v: list(v) == sorted(set(v)) and min(v, default=1) > 0,
             "rising epochs, each at least 1",
         )
+        self._check(
+            "at_once",
+            lambda v: v is None or re.fullmatch(r"auto|0*[1-9][0-9]{0,8}", str(v)),
+            "auto or a number of at least 1",
+        )
+        if self.sweep:
+            self._check_sweep()
         for item in dataclasses.fields(self):
             choices = item.metadata["choices"]
             if choices:
@@ -269,6 +286,78 @@ class TrainConfig:
         value = getattr(self, name)
         if not obeys(value):
             raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+    def _check_sweep(self) -> None:
+        names, count = [], 1
+        for item in self.sweep:
+            name, texts = _swept(item)
+            if name not in SWEPT:
+                raise ValueError(
+                    f"sweep must have name=value,value with names of {', '.join(SWEPT)}, "
+                    f"got {item!r}"
+                )
+            values = []
+            for text in texts:
+                try:
+                    values.append(_value_of(name, text))
+                except ValueError:
+                    raise ValueError(f"sweep must have values for {name}, got {text!r}") from None
+            if len(set(values)) < len(values) or name in names:
+                raise ValueError(f"sweep must have each name and value once, got {item!r}")
+            names.append(name)
+            count *= len(values)
+        if count > _MOST_COMBINATIONS:
+            raise ValueError(
+                f"sweep must have at most {_MOST_COMBINATIONS} combinations, got {count}"
+            )
+        for setting in self.settings():
+            try:
+                self._with_setting(setting)
+            except ValueError as error:
+                raise ValueError(f"sweep: {error}") from None
+
+    def settings(self) -> list[dict[str, str]]:
+        """Each combination of the sweep, as the texts that were given; one that is empty without
+        a sweep."""
+        swept = [_swept(item) for item in self.sweep]
+        names = [name for name, _ in swept]
+        texts = itertools.product(*(texts for _, texts in swept))
+        return [dict(zip(names, combination, strict=True)) for combination in texts]
+
+    def _with_setting(self, setting: dict[str, str]) -> "TrainConfig":
+        values = {name: _value_of(name, text) for name, text in setting.items()}
+        return dataclasses.replace(self, **values, runs=1, sweep=(), at_once=None)
+
+    def members(self) -> dict[str, "TrainConfig"]:
+        """The single runs of a config of several, by the name of their folder; the seeds of a
+        combination follow each other."""
+        return {
+            name_of_setting(setting, seed): dataclasses.replace(
+                self._with_setting(setting), seed=seed
+            )
+            for setting in self.settings()
+            for seed in range(self.seed, self.seed + self.runs)
+        }
+
+    @property
+    def several(self) -> bool:
+        """Whether this is more than one run, or a sweep."""
+        return self.runs > 1 or bool(self.sweep)
+
+    def check_at_once(self, runs: int, processes: int) -> None:
+        """``at_once`` fits the number of runs, that of processes and the other settings;
+        ValueError if not."""
+        if self.at_once is None:
+            return
+        self._check(
+            "at_once",
+            lambda v: v == "auto" or int(v) <= runs,
+            f"at most the number of runs, {runs}",
+        )
+        self._check(
+            "at_once", lambda _: processes == 1, f"left out with {processes} processes, not one"
+        )
+        self._check("at_once", lambda _: not self.profile, f"left out with {flag_of('profile')}")
 
     @classmethod
     def of_recipe(cls, recipe: str, **changes: Any) -> "TrainConfig":
@@ -285,7 +374,8 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         for name in PLACES:
             del values[name]
-        return {**values, "milestones": list(self.milestones)}
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return {**values, **lists}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
@@ -296,7 +386,58 @@ class TrainConfig:
                 raise ValueError(f"config has an unknown setting {name!r}")
             if not _is_of(value, types[name]):
                 raise ValueError(f"{name} must be of type {types[name]}, got {value!r}")
-        return cls(**{**values, "milestones": tuple(values.get("milestones", ()))})
+        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{"milestones": (), **values, **tuples})
+
+
+# what a sweep may change: none of it changes the shape of a tensor, or the data set
+SWEPT = (
+    "lr",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "decay_weights_only",
+    "schedule",
+    "warmup_epochs",
+    "final_lr",
+    "label_smoothing",
+    "flip",
+    "crop_padding",
+    "padding_mode",
+    "cutout",
+    "mixup",
+    "cutmix",
+    "unmixed_epochs",
+    "ema",
+    "ema_start",
+    "zero_init_last",
+    "loss_scale",
+)
+_MOST_COMBINATIONS = 1000
+
+
+def _swept(item: str) -> tuple[str, list[str]]:
+    """The setting and its values, as texts, of ``name=value,value``."""
+    name, _, values = item.partition("=")
+    return name.strip().replace("-", "_"), [text.strip() for text in values.split(",")]
+
+
+def _value_of(name: str, text: str) -> Any:
+    """The value of a setting out of a text; ValueError if it is none."""
+    hint = typing.get_type_hints(TrainConfig)[name]
+    kind = next(t for t in typing.get_args(hint) or (hint,) if t is not None)
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError(f"{name} must be true or false, got {text!r}")
+        return text == "true"
+    return kind(text)
+
+
+def name_of_setting(setting: dict[str, str], seed: int | None = None) -> str:
+    """How a combination is called, with a seed the name of its run's folder, such as
+    ``lr=0.6_weight-decay=1e-4_seed-0``."""
+    parts = [f"{flag_of(name).removeprefix('--')}={text}" for name, text in setting.items()]
+    return "_".join(parts + ([] if seed is None else [f"seed-{seed}"]))
 
 
 # what is about the call, not about the training
@@ -317,7 +458,9 @@ PLACES = (
 def _is_of(value: Any, hint: Any) -> bool:
     """Whether a value out of JSON fits the type of a field."""
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, list) and all(type(item) is int for item in value)
+        return isinstance(value, list) and all(
+            type(item) is typing.get_args(hint)[0] for item in value
+        )
     allowed = typing.get_args(hint) or (hint,)
     return type(value) in allowed or (float in allowed and type(value) is int)
 
@@ -344,13 +487,15 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
             negative = item.name.startswith("no_")
             options["action"] = "store_true" if negative else argparse.BooleanOptionalAction
         elif typing.get_origin(hint) is tuple:
-            options |= {"type": int, "nargs": "*", "metavar": "EPOCH"}
+            kind = typing.get_args(hint)[0]
+            metavar = "EPOCH" if kind is int else "NAME=VALUES"
+            options |= {"type": kind, "nargs": "*", "metavar": metavar}
         else:
             options["type"] = next(t for t in typing.get_args(hint) or (hint,) if t is not None)
             options["choices"] = item.metadata["choices"]
             if not options["choices"]:
                 options["metavar"] = item.name.split("_")[-1].upper()
-        if item.default is not None and hint is not bool:
+        if item.default not in (None, ()) and hint is not bool:
             several = isinstance(item.default, tuple)
             shown = " ".join(map(str, item.default)) if several else item.default
             options["help"] += f" (default: {shown})"
@@ -363,8 +508,7 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
     if empty is not None:
         raise ValueError(f"{empty.removesuffix('=--')} must have a value, got '--'")
     given = vars(parser.parse_args(arguments))
-    if "milestones" in given:
-        given["milestones"] = tuple(given["milestones"])
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     if "config" not in given:
         return (TrainConfig.of_recipe if "recipe" in given else TrainConfig)(**given), given
     for name in ("recipe", "resume", "eval"):

@@ -6,6 +6,8 @@ launch; where nothing captures, the same function runs as it is.
 """
 
 import gc
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -182,7 +184,7 @@ class Engine:
         self._continue_from(0)
         self.metrics = torch.zeros((3, training.steps), device=device)
         self._readback = Readback(self.metrics, processes.wait)
-        self._replay = self._run
+        self._replay = self.run_step
 
     @property
     def evaluated_model(self) -> FastResNet:
@@ -203,10 +205,10 @@ class Engine:
         """
         if self.done == len(self._schedule):
             return None  # no step is left
-        self._training.prepare(self.done, self._seed)
+        self.prepare()
         try:
-            with _Kept(self._state()):
-                self._replay = capture(self._run, lambda: self._run(dummy=True))
+            with _Kept(self.state()):
+                self._replay = capture(self.run_step, lambda: self.run_step(dummy=True))
             self._evaluator.capture(capture)
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -215,9 +217,17 @@ class Engine:
             return first_line(error)
         return None
 
+    def capture_evaluation(self, capture: CudaGraphs) -> None:
+        """Replay evaluation alone from now on; raises as ``capture``."""
+        self._evaluator.capture(capture)
+
+    def prepare(self) -> None:
+        """See to it that the device has what the next step needs."""
+        self._training.prepare(self.done, self._seed)
+
     def train_step(self) -> None:
         """Launch the next step of the run; nothing waits for it."""
-        self._training.prepare(self.done, self._seed)
+        self.prepare()
         self._replay()
         self._processes.mark()
         self.done += 1
@@ -244,8 +254,7 @@ class Engine:
         self._evaluator.start()
         self._processes.mark()
         if self.done < len(self._schedule):
-            # the next epoch is drawn while the device evaluates
-            self._training.prepare(self.done, self._seed)
+            self.prepare()  # the next epoch is drawn while the device evaluates
 
     def evaluation(self) -> tuple[float, float]:
         """Mean cross entropy and accuracy (0 .. 1) of the evaluation launched last."""
@@ -268,9 +277,27 @@ class Engine:
         self.optimizer.differentiate(logits.float().sum())
         return torch.cuda.max_memory_allocated(self._device) - before
 
+    def planned_bytes(self, pictures: int) -> tuple[int, int, int]:
+        """What decides how many networks like this one fit into the device's memory.
+
+        Args:
+            pictures: a step
+
+        Returns:
+            held: bytes of all state of this network
+            step: bytes that a step takes on top
+            available: bytes that are free now
+        """
+        state = self.state()
+        with _Kept(state):
+            step = self.step_bytes(pictures)
+        torch.cuda.empty_cache()
+        held = sum(t.nbytes for t in state) + self.optimizer.exchanged.nbytes
+        return held, step, torch.cuda.mem_get_info(self._device)[0]
+
     def drop_graphs(self) -> None:
         """Take steps and evaluation as they are from now on; what was captured is gone."""
-        self._replay = self._run
+        self._replay = self.run_step
         self._evaluator.release()
         gc.collect()
 
@@ -320,8 +347,9 @@ class Engine:
         self._step.fill_(step)
         self.optimizer.lr.copy_(self._schedule[min(step, len(self._schedule) - 1)])
 
-    def _run(self, dummy: bool = False) -> None:
-        """A step, or a ``dummy`` one for warm-up, which no label has a part in."""
+    def run_step(self, dummy: bool = False) -> None:
+        """The device work of a step, or of a ``dummy`` one for warm-up, which no label has a part
+        in."""
         optimizer = self.optimizer
         self.model.train()
         images, labels, *mix = self._training.batch(self._step)
@@ -391,12 +419,61 @@ class Engine:
             for first, second in zip(score(labels), score(labels_b), strict=True)
         )
 
-    def _state(self) -> list[Tensor]:
+    def state(self) -> list[Tensor]:
         """Every tensor that a step changes and a later step or the user reads."""
         averaged = [] if self._averaged is None else self._averaged.flats
         optimizer = self.optimizer
         kept = [optimizer.momenta, optimizer.lr, optimizer.skipped, self._step, self.metrics]
         return [*self._flats, *averaged, *kept]
+
+
+class EngineGroup:
+    """Engines whose next steps are launched as one.
+
+    Each has a state of its own, and a step of the group leaves in it the bits that the engine's
+    own step leaves. If nothing captures, the steps run in turn.
+
+    Args:
+        engines: on one device, in one process, each with a step left
+    """
+
+    def __init__(self, engines: Sequence[Engine]):
+        self._engines = engines
+        self._replay = self._in_turn
+
+    def capture(self, capture: CudaGraphs) -> str | None:
+        """Replay the steps from now on, as branches of one graph; as ``Engine.capture``, but
+        evaluation stays as it is."""
+        for engine in self._engines:
+            engine.prepare()
+        step = capture.side_by_side([engine.run_step for engine in self._engines])
+        warm_up = capture.side_by_side([partial(e.run_step, dummy=True) for e in self._engines])
+        try:
+            with _Kept([tensor for engine in self._engines for tensor in engine.state()]):
+                self._replay = capture(step, warm_up)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.drop_graphs()
+            return first_line(error)
+        return None
+
+    def train_step(self) -> None:
+        """Launch the next step of every engine; nothing waits for them."""
+        for engine in self._engines:
+            engine.prepare()
+        self._replay()
+        for engine in self._engines:
+            engine.done += 1
+
+    def drop_graphs(self) -> None:
+        """Run the steps in turn from now on; what was captured is gone."""
+        self._replay = self._in_turn
+        gc.collect()
+
+    def _in_turn(self) -> None:
+        for engine in self._engines:
+            engine.run_step()
 
 
 def _plain_last_layer(model: FastResNet) -> nn.Linear | None:

@@ -67,6 +67,7 @@ class Logbook:
         evaluated: what the evaluated split is called in the display, "test" or "validation"
         title: of the curves
         tensorboard: write events into ``folder``/tensorboard
+        label: before each line that is shown, and there is no bar: for runs beside each other
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Logbook:
         evaluated: str,
         title: str,
         tensorboard: bool,
+        label: str = "",
     ):
         self.folder = folder
         rows, dropped = read_metrics(folder)
@@ -100,13 +102,14 @@ class Logbook:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not (self._console.is_terminal or self._console.is_jupyter),
+            disable=bool(label) or not (self._console.is_terminal or self._console.is_jupyter),
             transient=True,
         )
         self._task = self._progress.add_task(
             "", total=epochs * steps_per_epoch, completed=start_step, epoch=1, numbers=""
         )
         self._steps_per_epoch = steps_per_epoch
+        self._label = f"{label}: " if label else ""
         if dropped:
             self.say(f"{dropped} lines of {self.metrics_path} are not rows and were dropped")
 
@@ -161,7 +164,7 @@ class Logbook:
 
     def say(self, line: str) -> None:
         """Print a line above the bar, as it is."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(self._label + line, markup=False, highlight=False, soft_wrap=True)
 
     def _draw_curves(self) -> None:
         draw_curves(self.folder / "curves.png", self.rows, self._title, self._evaluated)

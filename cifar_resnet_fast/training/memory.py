@@ -8,6 +8,8 @@ from cifar_resnet_fast.errors import first_line, is_out_of_memory
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.training.engine import Engine
 
+_USABLE = 0.9  # of the free memory: what lies between the tensors counts, too
+
 
 class BatchTooLargeError(ValueError):
     """The batch does not fit into memory; the message says what would."""
@@ -39,6 +41,19 @@ def batch_must_fit(batch_size: int, processes: Processes, engine: Engine) -> Ite
         f"batch_size must fit into the GPU's memory, got {batch_size}: about "
         f"{missing / 2**30:.1f} GiB are missing; {advice}"
     )
+
+
+def networks_that_fit(held: int, step: int, available: int) -> int:
+    """How many networks train at once in so much memory.
+
+    Args:
+        held: bytes of a network, its optimiser and its averages
+        step: bytes that a step of a network takes on top; evaluation, of one network at a time,
+            takes at most as much
+        available: bytes, one network being there already
+    """
+    usable = int(available * _USABLE) + held
+    return max((usable - step) // max(held + step, 1), 0)
 
 
 def largest_batch(

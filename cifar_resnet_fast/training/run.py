@@ -13,7 +13,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -49,14 +49,24 @@ class RunStopped(Exception):
 class RunData:
     """The two splits as loaders on this process's device, and what a checkpoint says about them.
 
+    Args:
+        like: of the same images; they and their memory are shared. The draws are not
+
     Raises:
         ValueError: the batch size, the validation split or the number of epochs does not fit the
             data
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, processes: Processes):
-        if config.validation:
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        processes: Processes,
+        like: "RunData | None" = None,
+    ):
+        if config.validation and like is None:
             dataset = dataset.with_validation(config.validation)
+        self._dataset, self._processes = dataset, processes
         for name in ("mixup", "cutmix"):
             if getattr(config, name) and (dataset.y_train == dataset.y_train[0]).all():
                 raise ValueError(
@@ -66,7 +76,8 @@ class RunData:
         self.name = dataset.name
         self.num_classes = len(dataset.classes)
         self.evaluated = "validation" if config.validation else "test"
-        own = dataset.channel_statistics()
+        own = dataset.channel_statistics() if like is None else like._own_statistics
+        self._own_statistics = own
         self.mean, self.std = own if config.normalization == "dataset" else IMAGENET_STATISTICS
         settings = {"mean": self.mean, "std": self.std, "dtype": DTYPES[config.dtype]}
         settings |= {
@@ -75,9 +86,14 @@ class RunData:
             "processes": processes.count,
             "wait": processes.wait,
         }
+        training, testing = (dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)
+        shared = {"training": {}, "testing": {}}
+        if like is not None:
+            training, testing = like.training.source, like.testing.source
+            for name in shared:
+                shared[name]["resident"] = getattr(like, name).resident
         self.training = Loader(
-            dataset.x_train,
-            dataset.y_train,
+            *training,
             batch_size=config.batch_size,
             cutout=config.cutout,
             flip=config.flip,
@@ -86,6 +102,7 @@ class RunData:
             mixup=config.mixup,
             cutmix=config.cutmix,
             mixed_epochs=config.epochs - config.unmixed_epochs,
+            **shared["training"],
             **settings,
         )
         if config.epochs * self.training.steps > _MOST_STEPS:
@@ -94,10 +111,10 @@ class RunData:
                 f"{self.training.steps} steps each, got {config.epochs}"
             )
         self.testing = Loader(
-            dataset.x_test,
-            dataset.y_test,
+            *testing,
             batch_size=_divided(min(config.batch_size, len(dataset.x_test)), processes.count),
             augmented=False,
+            **shared["testing"],
             **settings,
         )
         # enough to tell on a resume that the pictures are the same
@@ -107,6 +124,11 @@ class RunData:
             "classes": list(dataset.classes),
             "statistics": [value for part in own for value in part.tolist()],
         }
+
+    def sharing(self, config: TrainConfig) -> "RunData":
+        """For a run of other settings beside this one's: the same images in memory, but draws of
+        its own."""
+        return RunData(config, self._dataset, self._processes, like=self)
 
 
 def _divided(batch_size: int, processes: int) -> int:
@@ -198,38 +220,51 @@ class Run:
             BatchTooLargeError: the batch does not fit into memory
             ProcessLostError: another process has died or does not answer
         """
-        config, steps = self.config, self.data.training.steps
-        logbook = self._logbook()
+        logbook = self.logbook()
         patient = self.processes.count > 1
-        fits = batch_must_fit(config.batch_size, self.processes, self.engine)
+        fits = batch_must_fit(self.config.batch_size, self.processes, self.engine)
         captured = self._graphs_dropped()
         with StopRequest(patient) as stop, logbook, captured, fits, self._tracing(logbook):
-            for line in self._said:
-                logbook.say(line)
             self._capture(logbook)
-            for epoch in range(self.step // steps, config.epochs):
-                speed = self._train_epoch(epoch, logbook, stop)
-                self._finish_epoch(epoch, speed, logbook)
-                last, stopping = epoch + 1 == config.epochs, self.processes.any(stop.wished)
-                if last or stopping or time.monotonic() - self._saved > _SAVE_EVERY_SECONDS:
-                    self._save()
-                if stopping and not last:
-                    raise self._stopped()
-                if on_epoch is not None:
-                    first = self.processes.rank == 0
-                    if self.processes.any(first and bool(on_epoch(dict(logbook.rows[-1])))):
-                        self._save()
-                        break
-            self.accuracy = self._final_accuracy(logbook)
-            score = "not evaluated"
-            if self.accuracy is not None:
-                score = f"accuracy {100 * self.accuracy:.2f} %"
-            logbook.say(
-                f"ResNet-{config.depth} on {self.data.name}, seed {config.seed}: "
-                f"{self.data.evaluated} {score} after {self.step // steps} "
-                f"epochs, {self.seconds:.0f} s; in {self.folder}"
-            )
+            for _ in self.course(logbook, stop, on_epoch):
+                self._step(logbook)
             return logbook.rows
+
+    def course(
+        self,
+        logbook: Logbook | SilentLogbook,
+        stop: StopRequest,
+        on_epoch: Callable[[dict], object] | None = None,
+    ) -> Iterator[None]:
+        """All of the training but its steps: at each ``yield`` the next one is to be launched.
+
+        Raises as ``train``.
+        """
+        config, steps = self.config, self.data.training.steps
+        for line in self._said:
+            logbook.say(line)
+        for epoch in range(self.step // steps, config.epochs):
+            speed = yield from self._train_epoch(epoch, logbook, stop)
+            self._finish_epoch(epoch, speed, logbook)
+            last, stopping = epoch + 1 == config.epochs, self.processes.any(stop.wished)
+            if last or stopping or time.monotonic() - self._saved > _SAVE_EVERY_SECONDS:
+                self._save()
+            if stopping and not last:
+                raise self._stopped()
+            if on_epoch is not None:
+                first = self.processes.rank == 0
+                if self.processes.any(first and bool(on_epoch(dict(logbook.rows[-1])))):
+                    self._save()
+                    break
+        self.accuracy = self._final_accuracy(logbook)
+        score = "not evaluated"
+        if self.accuracy is not None:
+            score = f"accuracy {100 * self.accuracy:.2f} %"
+        logbook.say(
+            f"ResNet-{config.depth} on {self.data.name}, seed {config.seed}: "
+            f"{self.data.evaluated} {score} after {self.step // steps} "
+            f"epochs, {self.seconds:.0f} s; in {self.folder}"
+        )
 
     @property
     def trained(self) -> FastResNet:
@@ -297,7 +332,8 @@ class Run:
         if self._trace.after_step():
             logbook.say(f"a trace of {self._trace.written} steps is in {self._trace.path}")
 
-    def _logbook(self) -> Logbook | SilentLogbook:
+    def logbook(self, label: str = "") -> Logbook | SilentLogbook:
+        """What shows and keeps this run; with a label, beside others."""
         if self.processes.rank:
             return SilentLogbook(
                 [r for r in read_metrics(self.folder)[0] if r["step"] <= self.step]
@@ -310,16 +346,20 @@ class Run:
             evaluated=self.data.evaluated,
             title=f"ResNet-{self.config.depth} on {self.data.name}, seed {self.config.seed}",
             tensorboard=self.config.tensorboard,
+            label=label,
         )
 
-    def _train_epoch(self, epoch: int, logbook: Logbook, stop: StopRequest) -> float:
-        """The steps of an epoch that are still to do; returns images per second."""
+    def _train_epoch(
+        self, epoch: int, logbook: Logbook, stop: StopRequest
+    ) -> Generator[None, None, float]:
+        """The steps of an epoch that are still to do, one at each ``yield``; returns images per
+        second."""
         engine, training = self.engine, self.data.training
         steps = training.steps
         began, first, shown = time.monotonic(), self.step, 0.0
         asked = None  # the step whose metrics are on their way
         while self.step < (epoch + 1) * steps:
-            self._step(logbook)
+            yield
             last = self.step == (epoch + 1) * steps
             now = time.monotonic()
             if asked is None and not last and now - shown > _SHOW_EVERY_SECONDS:

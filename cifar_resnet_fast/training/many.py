@@ -1,0 +1,195 @@
+"""Several trainings at once on one device, each in its folder (layer 4).
+
+The networks step side by side: on a GPU as branches of one captured graph, one launch a step;
+elsewhere in turn. All read one data set in memory. Each has draws, schedule, metrics, checkpoints
+and a folder of its own and ends with the bits of its run alone, so each folder is one of an
+ordinary run.
+"""
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from cifar_resnet_fast.training.capture import CudaGraphs, capture_for
+from cifar_resnet_fast.training.engine import EngineGroup
+from cifar_resnet_fast.training.logbook import Logbook, read_metrics
+from cifar_resnet_fast.training.memory import BatchTooLargeError, networks_that_fit
+from cifar_resnet_fast.training.run import Run, RunStopped
+from cifar_resnet_fast.training.signals import StopRequest
+
+
+def number_at_once(wanted: str, first: Run, runs: int) -> int:
+    """How many networks train at the same time; says it, and what fits.
+
+    Args:
+        wanted: a number or ``auto``
+        first: of the runs, already in memory
+        runs: how many there are
+
+    Raises:
+        ValueError: so many do not fit
+    """
+    if first.processes.device.type != "cuda":
+        count = 1 if wanted == "auto" else int(wanted)
+        turns = "one network at a time" if count == 1 else f"{count} networks step in turn"
+        print(f"{turns}: on a CPU, training at once takes as long as one after the other")
+        return count
+    fit = max(networks_that_fit(*first.engine.planned_bytes(first.data.training.part_size)), 1)
+    count = min(fit, runs) if wanted == "auto" else int(wanted)
+    if count > fit:
+        raise ValueError(
+            f"at_once must be at most {fit}, as many networks as fit into the GPU's memory, "
+            f"got {count}"
+        )
+    print(f"{count} of {runs} networks at once; {fit} fit into the GPU's memory")
+    return count
+
+
+class _Wish:
+    """The wish to stop, as it was when the step began: all networks see the same."""
+
+    wished = False
+
+
+class RunGroup:
+    """Runs that train at the same time.
+
+    Args:
+        runs: in one process, of the same shapes
+
+    Attributes:
+        failures: by place in ``runs``, why a network stopped whose loss or weights were not finite
+    """
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = runs
+        self.failures: dict[int, str] = {}
+
+    def train(self) -> list[list[dict]]:
+        """Train all to their ends; returns the rows of each metrics.jsonl.
+
+        Raises:
+            RunStopped: the user asked for it; the checkpoints are written
+            BatchTooLargeError: the networks do not fit into memory after all
+            OSError: a file cannot be written
+        """
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopRequest(patient=False))
+            logbooks = [
+                stack.enter_context(run.logbook(label=run.folder.name)) for run in self.runs
+            ]
+            stack.enter_context(self._graphs_dropped())
+            stack.enter_context(_must_fit(len(self.runs)))
+            stopped = self._steps(logbooks, stop)
+        if stopped:
+            raise RunStopped(
+                f"stopped {stopped} of {len(self.runs)} networks, each with its checkpoint"
+            )
+        return [logbook.rows for logbook in logbooks]
+
+    def _steps(self, logbooks: list[Logbook], stop: StopRequest) -> int:
+        """All steps of all; returns how many networks the user has stopped."""
+        wish, capture = _Wish(), capture_for(self.runs[0].processes.device)
+        courses = {place: run.course(logbooks[place], wish) for place, run in enumerate(self.runs)}
+        stopped, group = 0, None
+        while courses:
+            wish.wished = stop.wished
+            number = len(courses)
+            for place in list(courses):
+                try:
+                    next(courses[place])
+                    continue
+                except StopIteration:
+                    pass
+                except RunStopped:
+                    stopped += 1
+                except FloatingPointError as error:
+                    self.failures[place] = str(error)
+                    logbooks[place].say(str(error))
+                del courses[place]
+            if group is None or len(courses) < number:
+                first = group is None
+                if not first:
+                    group.drop_graphs()
+                group = EngineGroup([self.runs[place].engine for place in courses])
+                if capture is not None and courses:
+                    self._capture(group, capture, list(courses), first)
+            if courses:
+                group.train_step()
+        return stopped
+
+    def _capture(
+        self, group: EngineGroup, capture: CudaGraphs, places: list[int], first: bool
+    ) -> None:
+        """Have the device repeat captured steps, if it can, and the first time evaluations."""
+        reason = group.capture(capture)
+        if reason is not None:
+            print(f"steps run one kernel at a time, slower than captured: {reason}")
+        elif first:
+            for place in places:
+                self.runs[place].engine.capture_evaluation(capture)
+
+    @contextlib.contextmanager
+    def _graphs_dropped(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for run in self.runs:
+                run.engine.drop_graphs()
+
+
+@contextlib.contextmanager
+def _must_fit(count: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
+    else:
+        return
+    raise BatchTooLargeError(f"at_once must be less than {count}, which do not fit: {reason}")
+
+
+def train_many(
+    begin: Sequence[Callable[[contextlib.ExitStack], Run]],
+    at_once: str | None,
+    bad_input: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Iterator[tuple[Run, list[dict], str | None]]:
+    """Train several runs, so many at once; gives each with its rows, and why it has failed or
+    None, in their order.
+
+    Args:
+        begin: functions that begin a run, whose folder is held until the stack that they are given
+            is closed
+        at_once: a number or ``auto``; None for one after the other, each with its own display
+        bad_input: is around the plan of the memory
+
+    Raises:
+        RunStopped, BatchTooLargeError, OSError: as ``RunGroup.train``
+        ValueError: so many do not fit
+    """
+    count, done = 1 if at_once is None else None, 0
+    while done < len(begin):
+        with contextlib.ExitStack() as held:
+            runs = [begin[done](held)]
+            if count is None:
+                with bad_input():
+                    count = number_at_once(at_once, runs[0], len(begin))
+            runs += [one(held) for one in begin[done + 1 : done + count]]
+            done += len(runs)
+            if count == 1:
+                yield _alone(runs[0])
+                continue
+            group = RunGroup(runs)
+            rows = group.train()
+            failures = [group.failures.get(place) for place in range(len(runs))]
+            yield from zip(runs, rows, failures, strict=True)
+
+
+def _alone(run: Run) -> tuple[Run, list[dict], str | None]:
+    try:
+        return run, run.train(), None
+    except FloatingPointError as error:
+        return run, read_metrics(run.folder)[0], str(error)
