@@ -78,7 +78,13 @@ class TrainConfig:
         None, "pictures a step and process, in place of --batch-size"
     )
     lr: float = _flag(1.2, "peak learning rate")
-    momentum: float = _flag(0.9, "of SGD")
+    optimizer: str = _flag(
+        "sgd",
+        "of the 3x3 convolutions; muon has no weight decay, and SGD trains the other parameters",
+        ("sgd", "muon"),
+    )
+    muon_lr: float = _flag(0.24, "peak learning rate of muon, which follows the same schedule")
+    momentum: float = _flag(0.9, "of SGD and muon")
     nesterov: bool = _flag(False, "Nesterov's momentum in place of the plain one")
     weight_decay: float = _flag(1e-4, "of SGD, on all parameters")
     decay_weights_only: bool = _flag(
@@ -200,7 +206,12 @@ class TrainConfig:
             "unmixed_epochs",
         ):
             self._check(name, lambda v: v >= 0 and math.isfinite(v), "0 or more")
-        for name in ("lr", "timeout"):
+        self._check(
+            "momentum",
+            lambda v: v > 0 or self.optimizer != "muon",
+            "more than 0 with optimizer muon",
+        )
+        for name in ("lr", "muon_lr", "timeout"):
             self._check(name, lambda v: v > 0 and math.isfinite(v), "more than 0")
         for name, most in _MOST.items():
             self._check(name, lambda v, high=most: v <= high, f"at most {most}")

@@ -5,6 +5,8 @@ by a counter on the device. So it can be captured once, as a CUDA graph, and rep
 launch; where nothing captures, the same function runs as it is.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.capture import CudaGraphs, Readback
+from cifar_resnet_fast.training.muon import FlatMuon
 from cifar_resnet_fast.training.optimizers import AveragedWeights, FlatSGD, flatten_buffers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,6 +111,8 @@ class Engine:
         schedule: [steps] float32. the learning rate of every step of the run
         seed: of the training batches
         momentum, nesterov, weight_decay, decay_vectors: as ``FlatSGD`` has them
+        muon_rate: the 3x3 convolutions are trained by Muon, at this multiple of the learning rate;
+            0 for SGD on all parameters
         label_smoothing: 0 .. 1, of the training loss
         loss_scale: the backward pass runs on the loss times this, which keeps small gradients
             from vanishing in float16
@@ -140,6 +145,7 @@ class Engine:
         weight_decay: float,
         nesterov: bool = False,
         decay_vectors: bool = True,
+        muon_rate: float = 0.0,
         label_smoothing: float = 0.0,
         loss_scale: float = 1.0,
         ema: float = 0.0,
@@ -151,7 +157,8 @@ class Engine:
         self._training = training
         self._device, self._dtype, self._seed = device, dtype, seed
         self._label_smoothing = label_smoothing
-        self.optimizer = FlatSGD(
+        rule = functools.partial(FlatMuon, rate=muon_rate) if muon_rate else FlatSGD
+        self.optimizer = rule(
             model,
             momentum=momentum,
             weight_decay=weight_decay,

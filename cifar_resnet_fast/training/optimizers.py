@@ -59,6 +59,8 @@ class FlatSGD:
         decay_vectors: False leaves those of one axis, normalisations and biases, without decay
         loss_scale: the loss was multiplied by it before the backward pass
         passengers: numbers that travel with the gradients from process to process
+        ahead: parameters that lie first in the buffers and that ``step`` leaves alone, for a
+            subclass with another rule for them
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
     Attributes:
@@ -83,19 +85,24 @@ class FlatSGD:
         decay_vectors: bool = True,
         loss_scale: float = 1.0,
         passengers: int = 0,
+        ahead: Sequence[nn.Parameter] = (),
         implementation: str = "auto",
     ):
-        trained = [p for p in model.parameters() if p.requires_grad]
+        others = set(ahead)
+        trained = [p for p in model.parameters() if p.requires_grad and p not in others]
         decayed = [p for p in trained if decay_vectors or p.dim() > 1]
         rest = [p for p in trained if not decay_vectors and p.dim() <= 1]
-        self._groups = [(decayed, weight_decay)] + ([(rest, 0.0)] if rest else [])
-        self._members = decayed + rest
+        groups = [(list(ahead), 0.0), (decayed, weight_decay), (rest, 0.0)]
+        self._groups = [(members, decay) for members, decay in groups if members]
+        self._members = [*ahead, *decayed, *rest]
         self._settings = {"momentum": momentum, "nesterov": nesterov}
         self._weight_decay = weight_decay
         self._implementation = implementation
 
         self.parameters = flatten(self._members)
-        self._decayed = rest[0].storage_offset() if rest else self.parameters.numel()
+        self._start = (decayed + rest)[0].storage_offset()
+        end = rest[0].storage_offset() if rest else self.parameters.numel()
+        self._decayed = end - self._start
         P = self.parameters.numel()
         self.exchanged = self.parameters.new_zeros(P + passengers)
         self.gradients, self.passengers = self.exchanged[:P], self.exchanged[P:]
@@ -129,9 +136,9 @@ class FlatSGD:
     def step(self) -> None:
         """Update the parameters with ``gradients``; skip and count it if they are not finite."""
         ops.sgd(
-            self.parameters,
-            self.gradients,
-            self.momenta,
+            self.parameters[self._start :],
+            self.gradients[self._start :],
+            self.momenta[self._start :],
             self.lr,
             self.loss_scale,
             self.skipped,
