@@ -100,6 +100,7 @@ class TrainConfig:
     final_lr: float = _flag(
         0.0, "share of the peak at which the run ends, with the other schedules"
     )
+    clip: float = _flag(0.0, "most that the gradient's norm may be, over all parameters (0: any)")
     label_smoothing: float = _flag(0.0, "of the training loss, 0 to 1")
     flip: str = _flag(
         "random",
@@ -127,6 +128,11 @@ class TrainConfig:
     ema: float = _flag(0.0, "decay a step of averaged weights to evaluate with; 0 for none")
     ema_start: float = _flag(
         0.0, "epochs after which the average starts, as a copy of the weights of then"
+    )
+    ema_floor: float | None = _flag(
+        None,
+        "lowest decay of the average, which then rises from there to --ema as (1 + n) / (10 + n) "
+        "after n steps (default: --ema from the first step on)",
     )
     zero_init_last: bool = _flag(
         False, "the last normalisation of each block starts with scale 0 in place of 1"
@@ -203,6 +209,7 @@ class TrainConfig:
             "weight_decay",
             "cutout",
             "ema_start",
+            "clip",
             "unmixed_epochs",
         ):
             self._check(name, lambda v: v >= 0 and math.isfinite(v), "0 or more")
@@ -264,6 +271,11 @@ class TrainConfig:
             "ema_start",
             lambda v: v == 0 or (self.ema > 0 and v < self.epochs),
             f"less than the {self.epochs} epochs, and left out without ema",
+        )
+        self._check(
+            "ema_floor",
+            lambda v: v is None or 0 <= v < self.ema,
+            f"at least 0 and less than ema {self.ema}",
         )
         self._check("seed", lambda v: 0 <= v < 2**63, "in 0 .. 2**63 - 1")
         self._check(

@@ -118,6 +118,8 @@ class Engine:
             from vanishing in float16
         ema: decay a step of the averaged weights, which evaluation then uses; 0 for none
         ema_start: steps taken before the average; up to there it is a copy of the weights
+        ema_floor: as ``AveragedWeights`` has it
+        clip: as ``FlatSGD`` has it
         mirrored: evaluation scores the mean over each image and its mirror image, too
         processes: that train together, each on its part of every batch. The gradients of all are
             summed, so weights and metrics stay the same everywhere. The statistics of a batch
@@ -146,10 +148,12 @@ class Engine:
         nesterov: bool = False,
         decay_vectors: bool = True,
         muon_rate: float = 0.0,
+        clip: float = 0.0,
         label_smoothing: float = 0.0,
         loss_scale: float = 1.0,
         ema: float = 0.0,
         ema_start: int = 0,
+        ema_floor: float | None = None,
         mirrored: bool = False,
         processes: Processes,
     ):
@@ -165,12 +169,15 @@ class Engine:
             nesterov=nesterov,
             decay_vectors=decay_vectors,
             loss_scale=loss_scale,
+            clip=clip,
             passengers=2,
         )
         self._processes = processes
         self._buffers = flatten_buffers(model)
         self._flats = [self.optimizer.parameters, *self._buffers]
-        self._averaged = AveragedWeights(model, self._flats, ema) if ema else None
+        self._averaged = None
+        if ema:
+            self._averaged = AveragedWeights(model, self._flats, ema, ema_floor)
         self._ema_start = ema_start
         self._evaluator = Evaluator(
             self.evaluated_model,
@@ -333,7 +340,7 @@ class Engine:
             loss, hits = optimizer.passengers
         optimizer.step()
         if self._averaged is not None:
-            self._averaged.update(first=self._step <= self._ema_start)
+            self._averaged.update(self._step - self._ema_start)
         ops.record_step(
             self.metrics,
             loss,

@@ -58,8 +58,7 @@ class FlatMuon(FlatSGD):
         self._places, self._held = places.to(device), held.to(device)
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Update the parameters with ``gradients``; skip and count it if they are not finite."""
+    def _update(self) -> None:
         end, momentum = self._start, self._settings["momentum"]
         finite = self.gradients.isfinite().all()
         # the other parameters are to be left alone, too, and the step is to be counted
@@ -80,7 +79,7 @@ class FlatMuon(FlatSGD):
         found = torch.take(torch.cat(moved), self._places)
         parameters.copy_(torch.where(finite & self._held, found, parameters))
         momenta.copy_(torch.where(finite, average, momenta))
-        super().step()
+        super()._update()
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

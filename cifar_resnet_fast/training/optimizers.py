@@ -58,6 +58,8 @@ class FlatSGD:
         weight_decay: of all parameters
         decay_vectors: False leaves those of one axis, normalisations and biases, without decay
         loss_scale: the loss was multiplied by it before the backward pass
+        clip: the gradient's norm over all parameters, without the loss scale, is at most this, as
+            torch.nn.utils.clip_grad_norm_ has it; 0 for any
         passengers: numbers that travel with the gradients from process to process
         ahead: parameters that lie first in the buffers and that ``step`` leaves alone, for a
             subclass with another rule for them
@@ -84,6 +86,7 @@ class FlatSGD:
         nesterov: bool = False,
         decay_vectors: bool = True,
         loss_scale: float = 1.0,
+        clip: float = 0.0,
         passengers: int = 0,
         ahead: Sequence[nn.Parameter] = (),
         implementation: str = "auto",
@@ -96,7 +99,7 @@ class FlatSGD:
         self._groups = [(members, decay) for members, decay in groups if members]
         self._members = [*ahead, *decayed, *rest]
         self._settings = {"momentum": momentum, "nesterov": nesterov}
-        self._weight_decay = weight_decay
+        self._weight_decay, self._clip = weight_decay, clip
         self._implementation = implementation
 
         self.parameters = flatten(self._members)
@@ -135,6 +138,15 @@ class FlatSGD:
 
     def step(self) -> None:
         """Update the parameters with ``gradients``; skip and count it if they are not finite."""
+        if self._clip:
+            # in float64, in which squares of finite gradients do not overflow
+            norm = torch.linalg.vector_norm(self.gradients, dtype=torch.float64) / self.loss_scale
+            factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
+            # the gaps between parameters must stay zero, so nothing is multiplied by NaN
+            self.gradients.mul_(factor.masked_fill(~norm.isfinite(), 1.0).float())
+        self._update()
+
+    def _update(self) -> None:
         ops.sgd(
             self.parameters[self._start :],
             self.gradients[self._start :],
@@ -201,14 +213,24 @@ class AveragedWeights:
         model: all its parameters and buffers are views of ``sources``, as ``flatten`` leaves them
         sources: flat buffers
         decay: 0 .. 1, a step
+        floor: 0 .. decay. decay of the first step, which rises as ``(1 + n) / (10 + n)`` after n
+            steps; None for the same decay at all steps
 
     Attributes:
         model: a network of its own that holds the averages, for evaluation
         flats: its flat buffers, one for each of ``sources``
+
+    Source: the rising decay is that of TensorFlow's ExponentialMovingAverage.
     """
 
-    def __init__(self, model: nn.Module, sources: Sequence[Tensor], decay: float):
-        self._sources, self._decay = list(sources), decay
+    def __init__(
+        self,
+        model: nn.Module,
+        sources: Sequence[Tensor],
+        decay: float,
+        floor: float | None = None,
+    ):
+        self._sources, self._decay, self._floor = list(sources), decay, floor
         self.model = deepcopy(model).requires_grad_(False)
         self.flats = [source.clone() for source in sources]
         by_storage = {
@@ -220,9 +242,17 @@ class AveragedWeights:
             (ours.data,) = _views(flat, [theirs])
 
     @torch.no_grad()
-    def update(self, first: Tensor) -> None:
-        """Move towards the model, or where ``first``, [] bool on the device, copy it."""
-        weight = 1.0 - self._decay * ~first
+    def update(self, age: Tensor) -> None:
+        """Move towards the model, or copy it if ``age`` is not positive.
+
+        Args:
+            age: [] int64, on the device. steps since the average began
+        """
+        decay = self._decay
+        if self._floor is not None:
+            n = age.clamp(min=0)
+            decay = ((1 + n) / (10 + n)).clamp(self._floor, self._decay)
+        weight = 1.0 - decay * (age > 0)
         for flat, source in zip(self.flats, self._sources, strict=True):
             if flat.is_floating_point():
                 flat.lerp_(source, weight)

@@ -157,6 +157,8 @@ class Run:
             loss_scale=config.loss_scale,
             ema=config.ema,
             ema_start=round(config.ema_start * steps_per_epoch),
+            ema_floor=config.ema_floor,
+            clip=config.clip,
             mirrored=config.tta == "flip",
             processes=processes,
         )
