@@ -87,6 +87,7 @@ VARIANTS = {
         "loader": {"flip": "alternating"},
     },
     "clip-floor": {"clip": 0.5, "ema": 0.9, "ema_floor": 0.2},
+    "lookahead": {"lookahead": 2},
     "muon": {"muon_rate": 0.5, "nesterov": True},
     "mixed": {"loader": {"mixup": 1.0, "cutmix": 1.0}},
     "mixed-window": {"loader": {"mixup": 1.0, "resident": False}},

@@ -10,6 +10,7 @@ from cifar_resnet_fast import FastResNet, ops
 from cifar_resnet_fast.training.optimizers import (
     AveragedWeights,
     FlatSGD,
+    Lookahead,
     flatten,
     flatten_buffers,
 )
@@ -359,3 +360,18 @@ def test_clipping_of_a_bad_gradient(value):
         parameter.grad.fill_(1.0)
     flat.step()
     assert flat.skipped == (0 if finite else 1), "the gaps between parameters are zero still"
+
+
+# --- lookahead -----------------------------------------------------------------------------------
+
+
+def test_lookahead_by_hand():
+    fast = torch.zeros(1)
+    lookahead = Lookahead(fast, 3, 0.5)
+    seen = []
+    for step in range(7):
+        fast += 1
+        lookahead.update(torch.tensor(step))
+        seen.append((fast.item(), lookahead.slow.item()))
+    after = [(1, 0), (2, 0), (1.5, 1.5), (2.5, 1.5), (3.5, 1.5), (3, 3), (4, 3)]
+    assert seen == after

@@ -219,6 +219,7 @@ SETTINGS = {
         "reflect",
     ],
     "clip-floor": ["--clip", "0.5", "--ema", "0.9", "--ema-floor", "0.2"],
+    "lookahead": ["--lookahead", "3", "--lookahead-share", "0.4"],
     "muon": ["--optimizer", "muon", "--nesterov", "--decay-weights-only"],
     "one-cycle": ["--schedule", "one-cycle", "--final-lr", "0.1"],
 }
@@ -240,6 +241,7 @@ SETTINGS = {
         ("best", [7]),
         ("mixed", [6]),
         ("clip-floor", [7]),
+        ("lookahead", [7]),
         ("muon", [7]),
         ("one-cycle", [5]),
     ],
@@ -447,6 +449,8 @@ def test_config_of_before_there_were_recipes_loads(finished):
         "muon_lr",
         "clip",
         "ema_floor",
+        "lookahead",
+        "lookahead_share",
     ]
     for name in new:
         del values[name]
@@ -584,6 +588,8 @@ def bad_input(arguments, capsys):
         ("--clip -1", "--clip must be 0 or more, got -1.0"),
         ("--ema-floor 0.5", "--ema-floor must be at least 0 and less than ema 0.0, got 0.5"),
         ("--ema 0.9 --ema-floor 0.9", "--ema-floor must be at least 0 and less than ema 0.9"),
+        ("--lookahead -1", "--lookahead must be 0 or more, got -1"),
+        ("--lookahead-share 0", "--lookahead-share must be more than 0 and at most 1, got 0.0"),
         ("--optimizer adam", "--optimizer: invalid choice: 'adam'"),
         ("--mixup 1.5", "--mixup must be in 0 .. 1, got 1.5"),
         ("--cutmix -1", "--cutmix must be in 0 .. 1, got -1.0"),

@@ -101,6 +101,12 @@ class TrainConfig:
         0.0, "share of the peak at which the run ends, with the other schedules"
     )
     clip: float = _flag(0.0, "most that the gradient's norm may be, over all parameters (0: any)")
+    lookahead: int = _flag(
+        0, "steps after which slow weights follow and training goes on from them (0: none)"
+    )
+    lookahead_share: float = _flag(
+        0.5, "of the way that the slow weights go, more than 0, up to 1"
+    )
     label_smoothing: float = _flag(0.0, "of the training loss, 0 to 1")
     flip: str = _flag(
         "random",
@@ -210,6 +216,7 @@ class TrainConfig:
             "cutout",
             "ema_start",
             "clip",
+            "lookahead",
             "unmixed_epochs",
         ):
             self._check(name, lambda v: v >= 0 and math.isfinite(v), "0 or more")
@@ -277,6 +284,7 @@ class TrainConfig:
             lambda v: v is None or 0 <= v < self.ema,
             f"at least 0 and less than ema {self.ema}",
         )
+        self._check("lookahead_share", lambda v: 0 < v <= 1, "more than 0 and at most 1")
         self._check("seed", lambda v: 0 <= v < 2**63, "in 0 .. 2**63 - 1")
         self._check(
             "milestones",

@@ -17,7 +17,12 @@ from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.capture import CudaGraphs, Readback
 from cifar_resnet_fast.training.muon import FlatMuon
-from cifar_resnet_fast.training.optimizers import AveragedWeights, FlatSGD, flatten_buffers
+from cifar_resnet_fast.training.optimizers import (
+    AveragedWeights,
+    FlatSGD,
+    Lookahead,
+    flatten_buffers,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -120,6 +125,7 @@ class Engine:
         ema_start: steps taken before the average; up to there it is a copy of the weights
         ema_floor: as ``AveragedWeights`` has it
         clip: as ``FlatSGD`` has it
+        lookahead, lookahead_share: as ``Lookahead`` has ``every`` and ``share``; 0 steps for none
         mirrored: evaluation scores the mean over each image and its mirror image, too
         processes: that train together, each on its part of every batch. The gradients of all are
             summed, so weights and metrics stay the same everywhere. The statistics of a batch
@@ -149,6 +155,8 @@ class Engine:
         decay_vectors: bool = True,
         muon_rate: float = 0.0,
         clip: float = 0.0,
+        lookahead: int = 0,
+        lookahead_share: float = 0.5,
         label_smoothing: float = 0.0,
         loss_scale: float = 1.0,
         ema: float = 0.0,
@@ -175,6 +183,10 @@ class Engine:
         self._processes = processes
         self._buffers = flatten_buffers(model)
         self._flats = [self.optimizer.parameters, *self._buffers]
+        self._lookahead = None
+        if lookahead:
+            fast = self.optimizer.parameters
+            self._lookahead = Lookahead(fast, lookahead, lookahead_share)
         self._averaged = None
         if ema:
             self._averaged = AveragedWeights(model, self._flats, ema, ema_floor)
@@ -287,11 +299,12 @@ class Engine:
 
     def state_dict(self) -> dict:
         """All state that a step changes; ``load_state_dict`` takes it back."""
-        averaged = self._averaged
+        averaged, slow = self._averaged, self._lookahead
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "skipped": self.optimizer.skipped,
+            "lookahead": None if slow is None else slow.state_of(self.model),
             "averaged": None if averaged is None else averaged.model.state_dict(),
             "step": self.done,
             "metrics": self.metrics,
@@ -309,6 +322,9 @@ class Engine:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.skipped.copy_(state["skipped"])
+        if self._lookahead is not None:
+            for name, slow in self._lookahead.state_of(self.model).items():
+                slow.copy_(state["lookahead"][name])
         if self._averaged is not None:
             self._averaged.model.load_state_dict(state["averaged"])
         self._continue_from(int(state["step"]))
@@ -339,6 +355,8 @@ class Engine:
             self._processes.all_reduce(optimizer.exchanged)
             loss, hits = optimizer.passengers
         optimizer.step()
+        if self._lookahead is not None:
+            self._lookahead.update(self._step)
         if self._averaged is not None:
             self._averaged.update(self._step - self._ema_start)
         ops.record_step(
@@ -395,7 +413,8 @@ class Engine:
         averaged = [] if self._averaged is None else self._averaged.flats
         optimizer = self.optimizer
         kept = [optimizer.momenta, optimizer.lr, optimizer.skipped, self._step, self.metrics]
-        return [*self._flats, *averaged, *kept]
+        slow = [] if self._lookahead is None else [self._lookahead.slow]
+        return [*self._flats, *averaged, *slow, *kept]
 
 
 def _plain_last_layer(model: FastResNet) -> nn.Linear | None:

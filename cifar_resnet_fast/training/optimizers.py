@@ -206,6 +206,38 @@ class FlatSGD:
         return torch.optim.SGD(groups, lr=0.0, **self._settings)
 
 
+class Lookahead:
+    """Slow weights, which every few steps go a share of the way to the fast ones, which then go on
+    from there.
+
+    Args:
+        parameters: [P] float32. the fast weights, of which the first slow ones are a copy
+        every: steps from one meeting to the next
+        share: 0 .. 1, of the way
+
+    Attributes:
+        slow: [P] float32
+
+    Source: Zhang et al. 2019, algorithm 1; the momenta stay as they are.
+    """
+
+    def __init__(self, parameters: Tensor, every: int, share: float):
+        self._parameters, self._every, self._share = parameters, every, share
+        self.slow = parameters.clone()
+
+    @torch.no_grad()
+    def update(self, step: Tensor) -> None:
+        """After a step of the optimiser; ``step``, [] int64 on the device, from 0."""
+        due = (step + 1) % self._every == 0
+        self.slow.lerp_(self._parameters, self._share * due)
+        self._parameters.copy_(torch.where(due, self.slow, self._parameters))
+
+    def state_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """The slow weights by the names of the parameters that are views of the fast ones."""
+        named = dict(model.named_parameters())
+        return dict(zip(named, _views(self.slow, list(named.values())), strict=True))
+
+
 class AveragedWeights:
     """An exponential moving average of a model's parameters and running statistics.
 

@@ -159,6 +159,8 @@ class Run:
             ema_start=round(config.ema_start * steps_per_epoch),
             ema_floor=config.ema_floor,
             clip=config.clip,
+            lookahead=config.lookahead,
+            lookahead_share=config.lookahead_share,
             mirrored=config.tta == "flip",
             processes=processes,
         )
