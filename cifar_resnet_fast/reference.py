@@ -398,3 +398,34 @@ def sgd(
     skipped += ~finite
     if copy is not None:
         copy.copy_(torch.where(finite, parameters.to(copy.dtype), copy))
+
+
+def muon(
+    parameter: Tensor,
+    gradient: Tensor,
+    momenta: Tensor,
+    lr: float,
+    *,
+    momentum: float,
+    nesterov: bool,
+    iterations: int = 3,
+) -> None:
+    """One step of Muon in place, for the weight of a convolution behind which there is a norm.
+
+    Args:
+        parameter, gradient, momenta: [K, C, 3, 3], K <= 9 C, of one floating dtype
+        lr: of Muon
+        momentum, nesterov: as torch.optim.SGD has them
+        iterations: of Newton-Schulz
+
+    Source: Jordan et al. 2024, as in cifar10-airbench's airbench94_muon.py.
+    """
+    momenta.mul_(momentum).add_(gradient)
+    direction = gradient + momentum * momenta if nesterov else momenta
+    x = direction.reshape(len(direction), -1)
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+    parameter.sub_(lr * x.reshape(parameter.shape))

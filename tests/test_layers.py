@@ -63,6 +63,7 @@ FLOORS = {
     "data.datasets": 2.1,
     "data.loader": 2.1,
     "training.optimizers": 2,
+    "training.muon": 2.1,
     "training.recipes": 2,
     "training.schedules": 2,
     "training.capture": 2,

@@ -12,6 +12,7 @@ from cifar_resnet_fast import FastResNet, ops
 from cifar_resnet_fast.training.optimizers import (
     AveragedWeights,
     FlatSGD,
+    Lookahead,
     flatten,
     flatten_buffers,
 )
@@ -329,7 +330,7 @@ def test_averaged_weights():
         with torch.no_grad():
             for value in model.state_dict().values():
                 value.add_(1)
-        averaged.update(first=torch.tensor(step == 0))
+        averaged.update(torch.tensor(step))
         for name, value in model.state_dict().items():
             if step == 0 or not value.is_floating_point():
                 expected[name] = value.clone()
@@ -338,3 +339,80 @@ def test_averaged_weights():
     for name, value in averaged.model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6, msg=name)
     assert not any(p.requires_grad for p in averaged.model.parameters())
+
+
+def test_decay_of_a_young_average_rises_from_its_floor():
+    model = small_model()
+    flats = [FlatSGD(model, **VARIANTS["recipe"]).parameters, *flatten_buffers(model)]
+    averaged = AveragedWeights(model, flats, 0.6, floor=0.3)
+    decays = [max(0.3, min(0.6, (1 + age) / (10 + age))) for age in range(1, 20)]
+    assert decays[0] == decays[1] == 0.3
+    assert 0.3 < decays[4] < decays[-2] == decays[-1] == 0.6
+    flats[0].fill_(1.0)
+    for age in (-10, 0):  # copied up to its beginning
+        averaged.flats[0].fill_(7.0)
+        averaged.update(torch.tensor(age))
+        assert torch.equal(averaged.flats[0], flats[0])
+    for age, decay in enumerate(decays, 1):
+        averaged.flats[0].zero_()
+        averaged.update(torch.tensor(age))
+        torch.testing.assert_close(averaged.flats[0], (1 - decay) * flats[0])
+
+
+# --- clipping ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("share", [0.1, 2.0], ids=["clipped", "short-enough"])
+def test_clipping_is_torchs(share, scale):
+    ours, theirs = small_model(), small_model()
+    generator = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(p.shape, generator=generator) for p in theirs.parameters()]
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    flat = FlatSGD(ours, **VARIANTS["recipe"], clip=share * norm, loss_scale=scale)
+    flat.lr.fill_(0.1)
+    for our, their, gradient in zip(
+        ours.parameters(), theirs.parameters(), gradients, strict=True
+    ):
+        our.grad.copy_(gradient * scale)
+        their.grad = gradient.clone()
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), share * norm)
+    flat.step()
+    for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(our.grad / scale, their.grad)
+    clipped = torch.cat([p.grad.flatten() for p in ours.parameters()]).norm().item() / scale
+    assert clipped == pytest.approx(min(share, 1.0) * norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_clipping_of_a_bad_gradient(value):
+    """One that is not finite skips the step alone; one whose square overflows is clipped."""
+    model = small_model()
+    flat = FlatSGD(model, **VARIANTS["recipe"], clip=1.0)
+    flat.lr.fill_(0.1)
+    before = flat.parameters.clone()
+    model.linear.bias.grad[0] = value
+    flat.step()
+    finite = value == 1e30
+    assert flat.skipped == (0 if finite else 1)
+    assert torch.equal(flat.parameters, before) != finite
+    assert flat.parameters.isfinite().all()
+    for parameter in model.parameters():
+        parameter.grad.fill_(1.0)
+    flat.step()
+    assert flat.skipped == (0 if finite else 1), "the gaps between parameters are zero still"
+
+
+# --- lookahead -----------------------------------------------------------------------------------
+
+
+def test_lookahead_by_hand():
+    fast = torch.zeros(1)
+    lookahead = Lookahead(fast, 3, 0.5)
+    seen = []
+    for step in range(7):
+        fast += 1
+        lookahead.update(torch.tensor(step))
+        seen.append((fast.item(), lookahead.slow.item()))
+    after = [(1, 0), (2, 0), (1.5, 1.5), (2.5, 1.5), (3.5, 1.5), (3, 3), (4, 3)]
+    assert seen == after

@@ -218,6 +218,9 @@ SETTINGS = {
         "--padding-mode",
         "reflect",
     ],
+    "clip-floor": ["--clip", "0.5", "--ema", "0.9", "--ema-floor", "0.2"],
+    "lookahead": ["--lookahead", "3", "--lookahead-share", "0.4"],
+    "muon": ["--optimizer", "muon", "--nesterov", "--decay-weights-only"],
     "one-cycle": ["--schedule", "one-cycle", "--final-lr", "0.1"],
 }
 
@@ -237,6 +240,9 @@ SETTINGS = {
         ("fast", [6]),
         ("best", [7]),
         ("mixed", [6]),
+        ("clip-floor", [7]),
+        ("lookahead", [7]),
+        ("muon", [7]),
         ("one-cycle", [5]),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
@@ -434,7 +440,18 @@ def test_config_of_before_there_were_recipes_loads(finished):
     values = json.loads((finished / "config.json").read_text())
     known = TrainConfig.from_dict(values)
     new = "recipe schedule final_lr flip ema_start zero_init_last evaluate_every tta mixup cutmix "
-    new = [*new.split(), "unmixed_epochs", "crop_padding", "padding_mode"]
+    new = [
+        *new.split(),
+        "unmixed_epochs",
+        "crop_padding",
+        "padding_mode",
+        "optimizer",
+        "muon_lr",
+        "clip",
+        "ema_floor",
+        "lookahead",
+        "lookahead_share",
+    ]
     for name in new:
         del values[name]
     assert TrainConfig.from_dict(values) == known
@@ -566,6 +583,14 @@ def bad_input(arguments, capsys):
         ("--padding-mode edge", "--padding-mode: invalid choice: 'edge'"),
         ("--padding-mode reflect --crop-padding 0", "--padding-mode must be zeros with a crop"),
         ("--cutmix 1 --batch-size 1", "--cutmix must be 0 with batches of one image, which have"),
+        ("--optimizer muon --momentum 0", "--momentum must be more than 0 with optimizer muon"),
+        ("--muon-lr 0", "--muon-lr must be more than 0, got 0.0"),
+        ("--clip -1", "--clip must be 0 or more, got -1.0"),
+        ("--ema-floor 0.5", "--ema-floor must be at least 0 and less than ema 0.0, got 0.5"),
+        ("--ema 0.9 --ema-floor 0.9", "--ema-floor must be at least 0 and less than ema 0.9"),
+        ("--lookahead -1", "--lookahead must be 0 or more, got -1"),
+        ("--lookahead-share 0", "--lookahead-share must be more than 0 and at most 1, got 0.0"),
+        ("--optimizer adam", "--optimizer: invalid choice: 'adam'"),
         ("--mixup 1.5", "--mixup must be in 0 .. 1, got 1.5"),
         ("--cutmix -1", "--cutmix must be in 0 .. 1, got -1.0"),
         ("--unmixed-epochs 1", "--unmixed-epochs must be less than the 3 epochs, and left out"),

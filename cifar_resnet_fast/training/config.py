@@ -79,7 +79,13 @@ class TrainConfig:
         None, "pictures a step and process, in place of --batch-size"
     )
     lr: float = _flag(1.2, "peak learning rate")
-    momentum: float = _flag(0.9, "of SGD")
+    optimizer: str = _flag(
+        "sgd",
+        "of the 3x3 convolutions; muon has no weight decay, and SGD trains the other parameters",
+        ("sgd", "muon"),
+    )
+    muon_lr: float = _flag(0.24, "peak learning rate of muon, which follows the same schedule")
+    momentum: float = _flag(0.9, "of SGD and muon")
     nesterov: bool = _flag(False, "Nesterov's momentum in place of the plain one")
     weight_decay: float = _flag(1e-4, "of SGD, on all parameters")
     decay_weights_only: bool = _flag(
@@ -94,6 +100,13 @@ class TrainConfig:
     )
     final_lr: float = _flag(
         0.0, "share of the peak at which the run ends, with the other schedules"
+    )
+    clip: float = _flag(0.0, "most that the gradient's norm may be, over all parameters (0: any)")
+    lookahead: int = _flag(
+        0, "steps after which slow weights follow and training goes on from them (0: none)"
+    )
+    lookahead_share: float = _flag(
+        0.5, "of the way that the slow weights go, more than 0, up to 1"
     )
     label_smoothing: float = _flag(0.0, "of the training loss, 0 to 1")
     flip: str = _flag(
@@ -122,6 +135,11 @@ class TrainConfig:
     ema: float = _flag(0.0, "decay a step of averaged weights to evaluate with; 0 for none")
     ema_start: float = _flag(
         0.0, "epochs after which the average starts, as a copy of the weights of then"
+    )
+    ema_floor: float | None = _flag(
+        None,
+        "lowest decay of the average, which then rises from there to --ema as (1 + n) / (10 + n) "
+        "after n steps (default: --ema from the first step on)",
     )
     zero_init_last: bool = _flag(
         False, "the last normalisation of each block starts with scale 0 in place of 1"
@@ -207,10 +225,17 @@ class TrainConfig:
             "weight_decay",
             "cutout",
             "ema_start",
+            "clip",
+            "lookahead",
             "unmixed_epochs",
         ):
             self._check(name, lambda v: v >= 0 and math.isfinite(v), "0 or more")
-        for name in ("lr", "timeout"):
+        self._check(
+            "momentum",
+            lambda v: v > 0 or self.optimizer != "muon",
+            "more than 0 with optimizer muon",
+        )
+        for name in ("lr", "muon_lr", "timeout"):
             self._check(name, lambda v: v > 0 and math.isfinite(v), "more than 0")
         for name, most in _MOST.items():
             self._check(name, lambda v, high=most: v <= high, f"at most {most}")
@@ -264,6 +289,12 @@ class TrainConfig:
             lambda v: v == 0 or (self.ema > 0 and v < self.epochs),
             f"less than the {self.epochs} epochs, and left out without ema",
         )
+        self._check(
+            "ema_floor",
+            lambda v: v is None or 0 <= v < self.ema,
+            f"at least 0 and less than ema {self.ema}",
+        )
+        self._check("lookahead_share", lambda v: 0 < v <= 1, "more than 0 and at most 1")
         self._check("seed", lambda v: 0 <= v < 2**63, "in 0 .. 2**63 - 1")
         self._check(
             "milestones",

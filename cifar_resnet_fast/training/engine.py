@@ -19,7 +19,13 @@ from cifar_resnet_fast.errors import first_line, is_out_of_memory
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.capture import CudaGraphs, Readback
-from cifar_resnet_fast.training.optimizers import AveragedWeights, FlatSGD, flatten_buffers
+from cifar_resnet_fast.training.muon import FlatMuon
+from cifar_resnet_fast.training.optimizers import (
+    AveragedWeights,
+    FlatSGD,
+    Lookahead,
+    flatten_buffers,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -114,11 +120,16 @@ class Engine:
         schedule: [steps] float32. the learning rate of every step of the run
         seed: of the training batches
         momentum, nesterov, weight_decay, decay_vectors: as ``FlatSGD`` has them
+        muon_rate: the 3x3 convolutions are trained by Muon, at this multiple of the learning rate;
+            0 for SGD on all parameters
         label_smoothing: 0 .. 1, of the training loss
         loss_scale: the backward pass runs on the loss times this, which keeps small gradients
             from vanishing in float16
         ema: decay a step of the averaged weights, which evaluation then uses; 0 for none
         ema_start: steps taken before the average; up to there it is a copy of the weights
+        ema_floor: as ``AveragedWeights`` has it
+        clip: as ``FlatSGD`` has it
+        lookahead, lookahead_share: as ``Lookahead`` has ``every`` and ``share``; 0 steps for none
         mirrored: evaluation scores the mean over each image and its mirror image, too
         processes: that train together, each on its part of every batch. The gradients of all are
             summed, so weights and metrics stay the same everywhere. The statistics of a batch
@@ -146,10 +157,15 @@ class Engine:
         weight_decay: float,
         nesterov: bool = False,
         decay_vectors: bool = True,
+        muon_rate: float = 0.0,
+        clip: float = 0.0,
+        lookahead: int = 0,
+        lookahead_share: float = 0.5,
         label_smoothing: float = 0.0,
         loss_scale: float = 1.0,
         ema: float = 0.0,
         ema_start: int = 0,
+        ema_floor: float | None = None,
         mirrored: bool = False,
         processes: Processes,
     ):
@@ -157,19 +173,27 @@ class Engine:
         self._training = training
         self._device, self._dtype, self._seed = device, dtype, seed
         self._label_smoothing = label_smoothing
-        self.optimizer = FlatSGD(
+        rule = partial(FlatMuon, rate=muon_rate) if muon_rate else FlatSGD
+        self.optimizer = rule(
             model,
             momentum=momentum,
             weight_decay=weight_decay,
             nesterov=nesterov,
             decay_vectors=decay_vectors,
             loss_scale=loss_scale,
+            clip=clip,
             passengers=2,
         )
         self._processes = processes
         self._buffers = flatten_buffers(model)
         self._flats = [self.optimizer.parameters, *self._buffers]
-        self._averaged = AveragedWeights(model, self._flats, ema) if ema else None
+        self._lookahead = None
+        if lookahead:
+            fast = self.optimizer.parameters
+            self._lookahead = Lookahead(fast, lookahead, lookahead_share)
+        self._averaged = None
+        if ema:
+            self._averaged = AveragedWeights(model, self._flats, ema, ema_floor)
         self._ema_start = ema_start
         self._evaluator = Evaluator(
             self.evaluated_model,
@@ -314,11 +338,12 @@ class Engine:
 
     def state_dict(self) -> dict:
         """All state that a step changes; ``load_state_dict`` takes it back."""
-        averaged = self._averaged
+        averaged, slow = self._averaged, self._lookahead
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "skipped": self.optimizer.skipped,
+            "lookahead": None if slow is None else slow.state_of(self.model),
             "averaged": None if averaged is None else averaged.model.state_dict(),
             "step": self.done,
             "metrics": self.metrics,
@@ -336,6 +361,9 @@ class Engine:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.skipped.copy_(state["skipped"])
+        if self._lookahead is not None:
+            for name, slow in self._lookahead.state_of(self.model).items():
+                slow.copy_(state["lookahead"][name])
         if self._averaged is not None:
             self._averaged.model.load_state_dict(state["averaged"])
         self._continue_from(int(state["step"]))
@@ -367,8 +395,10 @@ class Engine:
             self._processes.all_reduce(optimizer.exchanged)
             loss, hits = optimizer.passengers
         optimizer.step()
+        if self._lookahead is not None:
+            self._lookahead.update(self._step)
         if self._averaged is not None:
-            self._averaged.update(first=self._step <= self._ema_start)
+            self._averaged.update(self._step - self._ema_start)
         ops.record_step(
             self.metrics,
             loss,
@@ -424,7 +454,8 @@ class Engine:
         averaged = [] if self._averaged is None else self._averaged.flats
         optimizer = self.optimizer
         kept = [optimizer.momenta, optimizer.lr, optimizer.skipped, self._step, self.metrics]
-        return [*self._flats, *averaged, *kept]
+        slow = [] if self._lookahead is None else [self._lookahead.slow]
+        return [*self._flats, *averaged, *slow, *kept]
 
 
 class EngineGroup:
@@ -451,9 +482,9 @@ class EngineGroup:
         try:
             with _Kept([tensor for engine in self._engines for tensor in engine.state()]):
                 self._replay = capture(step, warm_up)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             self.drop_graphs()
             return first_line(error)
         return None

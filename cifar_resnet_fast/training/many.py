@@ -10,8 +10,7 @@ import contextlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
+from cifar_resnet_fast.errors import first_line, is_out_of_memory
 from cifar_resnet_fast.training.capture import CudaGraphs, capture_for
 from cifar_resnet_fast.training.engine import EngineGroup
 from cifar_resnet_fast.training.logbook import Logbook, read_metrics
@@ -144,8 +143,10 @@ class RunGroup:
 def _must_fit(count: int) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
         traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
     else:
         return

@@ -58,7 +58,11 @@ class FlatSGD:
         weight_decay: of all parameters
         decay_vectors: False leaves those of one axis, normalisations and biases, without decay
         loss_scale: the loss was multiplied by it before the backward pass
+        clip: the gradient's norm over all parameters, without the loss scale, is at most this, as
+            torch.nn.utils.clip_grad_norm_ has it; 0 for any
         passengers: numbers that travel with the gradients from process to process
+        ahead: parameters that lie first in the buffers and that ``step`` leaves alone, for a
+            subclass with another rule for them
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
     Attributes:
@@ -82,20 +86,26 @@ class FlatSGD:
         nesterov: bool = False,
         decay_vectors: bool = True,
         loss_scale: float = 1.0,
+        clip: float = 0.0,
         passengers: int = 0,
+        ahead: Sequence[nn.Parameter] = (),
         implementation: str = "auto",
     ):
-        trained = [p for p in model.parameters() if p.requires_grad]
+        others = set(ahead)
+        trained = [p for p in model.parameters() if p.requires_grad and p not in others]
         decayed = [p for p in trained if decay_vectors or p.dim() > 1]
         rest = [p for p in trained if not decay_vectors and p.dim() <= 1]
-        self._groups = [(decayed, weight_decay)] + ([(rest, 0.0)] if rest else [])
-        self._members = decayed + rest
+        groups = [(list(ahead), 0.0), (decayed, weight_decay), (rest, 0.0)]
+        self._groups = [(members, decay) for members, decay in groups if members]
+        self._members = [*ahead, *decayed, *rest]
         self._settings = {"momentum": momentum, "nesterov": nesterov}
-        self._weight_decay = weight_decay
+        self._weight_decay, self._clip = weight_decay, clip
         self._implementation = implementation
 
         self.parameters = flatten(self._members)
-        self._decayed = rest[0].storage_offset() if rest else self.parameters.numel()
+        self._start = (decayed + rest)[0].storage_offset()
+        end = rest[0].storage_offset() if rest else self.parameters.numel()
+        self._decayed = end - self._start
         P = self.parameters.numel()
         self.exchanged = self.parameters.new_zeros(P + passengers)
         self.gradients, self.passengers = self.exchanged[:P], self.exchanged[P:]
@@ -128,10 +138,19 @@ class FlatSGD:
 
     def step(self) -> None:
         """Update the parameters with ``gradients``; skip and count it if they are not finite."""
+        if self._clip:
+            # in float64, in which squares of finite gradients do not overflow
+            norm = torch.linalg.vector_norm(self.gradients, dtype=torch.float64) / self.loss_scale
+            factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
+            # the gaps between parameters must stay zero, so nothing is multiplied by NaN
+            self.gradients.mul_(factor.masked_fill(~norm.isfinite(), 1.0).float())
+        self._update()
+
+    def _update(self) -> None:
         ops.sgd(
-            self.parameters,
-            self.gradients,
-            self.momenta,
+            self.parameters[self._start :],
+            self.gradients[self._start :],
+            self.momenta[self._start :],
             self.lr,
             self.loss_scale,
             self.skipped,
@@ -197,6 +216,38 @@ class FlatSGD:
         return groups
 
 
+class Lookahead:
+    """Slow weights, which every few steps go a share of the way to the fast ones, which then go on
+    from there.
+
+    Args:
+        parameters: [P] float32. the fast weights, of which the first slow ones are a copy
+        every: steps from one meeting to the next
+        share: 0 .. 1, of the way
+
+    Attributes:
+        slow: [P] float32
+
+    Source: Zhang et al. 2019, algorithm 1; the momenta stay as they are.
+    """
+
+    def __init__(self, parameters: Tensor, every: int, share: float):
+        self._parameters, self._every, self._share = parameters, every, share
+        self.slow = parameters.clone()
+
+    @torch.no_grad()
+    def update(self, step: Tensor) -> None:
+        """After a step of the optimiser; ``step``, [] int64 on the device, from 0."""
+        due = (step + 1) % self._every == 0
+        self.slow.lerp_(self._parameters, self._share * due)
+        self._parameters.copy_(torch.where(due, self.slow, self._parameters))
+
+    def state_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """The slow weights by the names of the parameters that are views of the fast ones."""
+        named = dict(model.named_parameters())
+        return dict(zip(named, _views(self.slow, list(named.values())), strict=True))
+
+
 class AveragedWeights:
     """An exponential moving average of a model's parameters and running statistics.
 
@@ -204,14 +255,24 @@ class AveragedWeights:
         model: all its parameters and buffers are views of ``sources``, as ``flatten`` leaves them
         sources: flat buffers
         decay: 0 .. 1, a step
+        floor: 0 .. decay. decay of the first step, which rises as ``(1 + n) / (10 + n)`` after n
+            steps; None for the same decay at all steps
 
     Attributes:
         model: a network of its own that holds the averages, for evaluation
         flats: its flat buffers, one for each of ``sources``
+
+    Source: the rising decay is that of TensorFlow's ExponentialMovingAverage.
     """
 
-    def __init__(self, model: nn.Module, sources: Sequence[Tensor], decay: float):
-        self._sources, self._decay = list(sources), decay
+    def __init__(
+        self,
+        model: nn.Module,
+        sources: Sequence[Tensor],
+        decay: float,
+        floor: float | None = None,
+    ):
+        self._sources, self._decay, self._floor = list(sources), decay, floor
         self.model = deepcopy(model).requires_grad_(False)
         self.flats = [source.clone() for source in sources]
         by_storage = {
@@ -223,9 +284,17 @@ class AveragedWeights:
             (ours.data,) = _views(flat, [theirs])
 
     @torch.no_grad()
-    def update(self, first: Tensor) -> None:
-        """Move towards the model, or where ``first``, [] bool on the device, copy it."""
-        weight = 1.0 - self._decay * ~first
+    def update(self, age: Tensor) -> None:
+        """Move towards the model, or copy it if ``age`` is not positive.
+
+        Args:
+            age: [] int64, on the device. steps since the average began
+        """
+        decay = self._decay
+        if self._floor is not None:
+            n = age.clamp(min=0)
+            decay = ((1 + n) / (10 + n)).clamp(self._floor, self._decay)
+        weight = 1.0 - decay * (age > 0)
         for flat, source in zip(self.flats, self._sources, strict=True):
             if flat.is_floating_point():
                 flat.lerp_(source, weight)
