@@ -31,11 +31,14 @@ else
 	$(BIN)/python -m cifar_resnet_fast.train $(ARGS)
 endif
 
+# Without a GPU two processes share the tests; with one, a single process has all of its memory.
+JOBS = $(if $(filter 0,$(HAS_GPU)),2,0)
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

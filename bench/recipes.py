@@ -87,7 +87,7 @@ def run_seed(folder: Path, flags: list[str], seed: int) -> int:
 def finished(folder: Path) -> list[dict] | None:
     """The rows of a run that has reached its end, or None."""
     config = folder / "config.json"
-    rows = read_metrics(folder)
+    rows, _ = read_metrics(folder)
     if not rows or not config.exists():
         return None
     return rows if rows[-1]["epoch"] == json.loads(config.read_text())["epochs"] else None
@@ -217,7 +217,7 @@ def draw(path: Path, folder: Path, rows: list[dict]) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     curves, dots = figure.subplots(1, 2)
     for place, row in enumerate(rows):
-        runs = [read_metrics(folder / row["arm"] / f"seed-{seed}") for seed in row["seeds"]]
+        runs = [read_metrics(folder / row["arm"] / f"seed-{seed}")[0] for seed in row["seeds"]]
         at = [r["epoch"] for r in runs[0] if "test_accuracy" in r]
         scores = [[100 * r["test_accuracy"] for r in run if "test_accuracy" in r] for run in runs]
         curves.plot(at, np.mean(scores, 0), label=row["arm"], marker="o" if len(at) < 20 else None)

@@ -78,7 +78,7 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path, monkeypatch, capsys):
     assert seeds == ["0", "0", "1", "1", "1"], "seed by seed, and nothing twice"
     plain, fast = json.loads((tmp_path / "results.json").read_text())["arms"]
     for row in (plain, fast):
-        last = [read_metrics(tmp_path / row["arm"] / f"seed-{s}")[-1] for s in (0, 1)]
+        last = [read_metrics(tmp_path / row["arm"] / f"seed-{s}")[0][-1] for s in (0, 1)]
         assert row["accuracies"] == [r["test_accuracy"] for r in last]
         assert row["mean"] == pytest.approx(sum(row["accuracies"]) / 2)
         difference = abs(row["accuracies"][0] - row["accuracies"][1])

@@ -15,6 +15,7 @@ from typing import Any
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.datasets import NAMES
 from cifar_resnet_fast.data.loader import CROP_PADDING, FLIPS, PADDING_MODES
+from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.resnet import check_depth
 from cifar_resnet_fast.training.recipes import RECIPES, settings_of
 from cifar_resnet_fast.training.schedules import SCHEDULES
@@ -553,8 +554,8 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
 def _read_config(path: str) -> TrainConfig:
     try:
         return TrainConfig.from_dict(json.loads(Path(path).read_text()))
-    except (ValueError, AttributeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (ValueError, AttributeError, RecursionError, OSError) as error:
+        reason = first_line(error)
         raise ValueError(f"config must be a run's config.json, got {path}: {reason}") from None
 
 
