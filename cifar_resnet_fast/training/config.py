@@ -527,8 +527,9 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
             if not options["choices"]:
                 options["metavar"] = item.name.split("_")[-1].upper()
         if item.default not in (None, ()) and hint is not bool:
-            several = isinstance(item.default, tuple)
-            shown = " ".join(map(str, item.default)) if several else item.default
+            shown: Any = item.default
+            if isinstance(shown, tuple):
+                shown = " ".join(map(str, shown))
             options["help"] += f" (default: {shown})"
         parser.add_argument(flag_of(item.name), **options)
     arguments = sys.argv[1:] if arguments is None else arguments
