@@ -8,7 +8,7 @@
 #                       a training step cost: sectors, conflicts of banks, instructions; needs nvcc, no GPU
 # make fuzz             give new bad inputs of every kind to everything; MINUTES=30 says how long
 # make kill-test        kill and resume runs at random moments, half under torchrun; RUNS=100 kills
-# make lint             ruff and clang-format, as pre-commit runs them
+# make lint             ruff, mypy and clang-format, as pre-commit runs them
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -69,6 +69,7 @@ kill-test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 $(INSTALLED): pyproject.toml setup.py $(CXX_SOURCES)

@@ -45,6 +45,9 @@ class Inference(nn.Module):
     logits [N, num_classes].
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         model: FastResNet,
@@ -55,9 +58,9 @@ class Inference(nn.Module):
         self.network = folded(model)
         self.takes_bytes = mean is not None
         if self.takes_bytes:
-            mean, std = torch.tensor(mean), torch.tensor(std)
-            self.register_buffer("scale", 1 / (255 * std))
-            self.register_buffer("shift", -mean / std)
+            deviation = torch.tensor(std)
+            self.register_buffer("scale", 1 / (255 * deviation))
+            self.register_buffer("shift", -torch.tensor(mean) / deviation)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.takes_bytes:
@@ -146,6 +149,7 @@ def _onnx(
             output_names=["logits"],
             **_dynamic(),
         )
+    assert program is not None  # with dynamo=True
     proto = program.model_proto
     proto.metadata_props.add(key="card", value=json.dumps(card))
     data = proto.SerializeToString()

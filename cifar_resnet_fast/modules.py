@@ -1,6 +1,7 @@
 """The building blocks: parameters, buffers, and one call to ``ops`` each (layer 2)."""
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> ops.Unit:
     """
     momentum = bn.momentum
     if momentum is None:
-        momentum = 1 / max(int(bn.num_batches_tracked), 1)
+        momentum = 1 / max(int(held(bn, "num_batches_tracked")), 1)
     return ops.Unit(
         held(conv, "weight"),
         held(bn, "weight"),
@@ -35,10 +36,10 @@ def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> ops.Unit:
     )
 
 
-def held(module: nn.Module, name: str) -> Tensor | None:
+def held(module: nn.Module, name: str) -> Any:
     """``getattr(module, name)`` of a parameter or a buffer, which for modules takes three times
     as long as to look where it usually is."""
-    tensor = module._parameters.get(name)
+    tensor: Tensor | None = module._parameters.get(name)
     if tensor is None:
         tensor = module._buffers.get(name)
     return getattr(module, name) if tensor is None else tensor
@@ -123,8 +124,8 @@ def why_bn_called(bn: nn.Module) -> str | None:
 
 def apply_unit(
     x: Tensor,
-    conv: nn.Module,
-    bn: nn.Module,
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d | nn.SyncBatchNorm,
     *,
     shortcut: Tensor | None = None,
     relu: bool = True,
@@ -144,10 +145,15 @@ def apply_unit(
         y = y if shortcut is None else y + shortcut
         return F.relu(y) if relu else y
     if bn.training:
-        bn.num_batches_tracked.add_(1)
+        held(bn, "num_batches_tracked").add_(1)
     *tensors, momentum, eps = unit_of(conv, bn)
-    settings = {"stride": conv.stride[0], "shortcut": shortcut, "relu": relu}
-    settings |= {"momentum": momentum, "eps": eps}
+    settings: dict[str, Any] = {
+        "stride": conv.stride[0],
+        "shortcut": shortcut,
+        "relu": relu,
+        "momentum": momentum,
+        "eps": eps,
+    }
     if bn.training and type(bn) is nn.SyncBatchNorm:
         return ops.conv_sync_bn_relu(x, *tensors, **settings)
     return ops.conv_bn_relu(

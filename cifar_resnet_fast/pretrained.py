@@ -134,11 +134,11 @@ def read_weights(path: str | Path) -> Weights:
         if found:
             count[found[1]] += 1
     for pattern, family in _FAMILIES:
-        key = next((key for key in state if re.match(pattern, key)), None)
-        if key is not None:
+        foreign = next((key for key in state if re.match(pattern, key)), None)
+        if foreign is not None:
             raise ValueError(
                 f"checkpoint {path} must hold a CIFAR ResNet-6n+2, got {family}: it has the key "
-                f"{key}"
+                f"{foreign}"
             )
     blocks = list(count.values())
     for key, dims in (("conv1.weight", 4), ("linear.weight", 2)):
@@ -189,6 +189,7 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             have one name
     """
     path = Path(path)
+    content: dict[str, Any]
     if path.suffix == ".safetensors":
         content, card = _read_safetensors(path), _read_card(path)
     else:
@@ -198,12 +199,13 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         name = next((name for name in _WRAPPERS if name in content), None)
         if name is None or isinstance(content[name], Tensor):
             break
-        content = content[name]
-        if not isinstance(content, dict):
+        wrapped: Any = content[name]
+        if not isinstance(wrapped, dict):
             raise ValueError(
                 f"checkpoint {path}: {name} must be a dictionary of tensors, "
-                f"got a {type(content).__name__}"
+                f"got a {type(wrapped).__name__}"
             )
+        content = wrapped
     state: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for key, value in content.items():

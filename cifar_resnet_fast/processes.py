@@ -52,6 +52,7 @@ class Processes:
         self.device = torch.device(device)
         self._timeout = timeout
         self._marks: deque[torch.cuda.Event] = deque()
+        self._host_group: dist.ProcessGroup | None = None
         if self.count == 1:
             return
         self._local_rank = int(os.environ["LOCAL_RANK"])
@@ -66,7 +67,9 @@ class Processes:
         with _lost_is_named():
             backend = "nccl" if device == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-            self._host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        assert isinstance(group, dist.ProcessGroup)  # all processes are members
+        self._host_group = group
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum a tensor over the processes, in place; a CUDA graph can capture it."""

@@ -97,13 +97,15 @@ class FastResNet(nn.Module):
         channels = [width * count for count in STAGE_CHANNELS]
         self.conv1 = conv3x3(3, channels[0])
         self.bn1 = nn.BatchNorm2d(channels[0])
-        for stage, (before, after) in enumerate(
-            zip([channels[0], *channels[:-1]], channels, strict=True), 1
-        ):
-            first = BasicBlock(before, after, min(stage, 2), implementation, shortcut)
+
+        def stage(before: int, after: int, stride: int) -> nn.Sequential:
+            first = BasicBlock(before, after, stride, implementation, shortcut)
             rest = (BasicBlock(after, after, 1, implementation) for _ in range(blocks - 1))
-            self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
-            before = after
+            return nn.Sequential(first, *rest)
+
+        self.layer1 = stage(channels[0], channels[0], 1)
+        self.layer2 = stage(channels[0], channels[1], 2)
+        self.layer3 = stage(channels[1], channels[2], 2)
         self.linear = nn.Linear(channels[-1], num_classes)
         self.implementation = implementation
         for module in self.modules():
@@ -142,12 +144,12 @@ class FastResNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, 64 * width]: the average over the pixels, which the last layer takes; in float32,
         or in float64 if x is."""
-        units, reason = self._units(x)
+        pairs, reason = self._units(x)
         if reason is None:
             training = self.bn1.training
             if training:
-                torch._foreach_add_([held(bn, "num_batches_tracked") for _, bn in units], 1)
-            units = [unit_of(conv, bn) for conv, bn in units]
+                torch._foreach_add_([held(bn, "num_batches_tracked") for _, bn in pairs], 1)
+            units = [unit_of(conv, bn) for conv, bn in pairs]
             return ops.trunk(x, units, training=training, implementation=self.implementation)
         if self.implementation == "cuda":
             raise RuntimeError(
@@ -160,9 +162,9 @@ class FastResNet(nn.Module):
             return F.adaptive_avg_pool2d(a, 1).flatten(1)
         return a.mean((2, 3), dtype=torch.promote_types(a.dtype, torch.float32))
 
-    def _units(self, x: Tensor) -> tuple[list[tuple[nn.Module, nn.Module]], str | None]:
+    def _units(self, x: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], str | None]:
         """Convolution and normalisation of every unit, and why they cannot run as one operation,
-        or None; the list is whole only if they can."""
+        or None; only if they can is the list whole, and its modules are of these types."""
         reason = why_all_called(x)
         if reason is not None:
             return [], reason
@@ -170,7 +172,7 @@ class FastResNet(nn.Module):
         units = [(self.conv1, self.bn1)]
         for number in (1, 2, 3):
             name = f"layer{number}"
-            stage = self._modules[name]
+            stage: Any = self._modules[name]  # the checks say what it and the blocks inside are
             reason = why_called(stage, nn.Sequential)
             if reason is not None:
                 return units, f"{name} {reason}"
@@ -185,7 +187,8 @@ class FastResNet(nn.Module):
                 units.append((inside["conv2"], inside["bn2"]))
         training, C = self.bn1.training, 3
         for i, (conv, bn) in enumerate(units):
-            wrong, reason = conv, why_conv_called(conv)
+            wrong: nn.Module = conv
+            reason = why_conv_called(conv)
             if reason is None:
                 K, taken = held(conv, "weight").shape[:2]
                 stride = conv.stride[0]
@@ -324,20 +327,20 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
             shortcut, width, a key, a shape or the kind of a dtype differ from the model's. The
             model is then as it was.
     """
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
-        model, "_orig_mod"
-    ):
-        model = getattr(model, "_orig_mod", None) or model.module
+    network: Any = model  # in the end without what wraps it
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(network, wrappers) or hasattr(network, "_orig_mod"):
+        network = getattr(network, "_orig_mod", None) or network.module
     state, _ = read_state(path)
-    expected = model.state_dict()
+    expected = network.state_dict()
     try:
         check_fits(path, state, expected)
     except ValueError:
         # if it is of another network, that is the reason, not one of its keys
         for name, theirs in read_weights(path).network.items():
-            if getattr(model, name) != theirs:
+            if getattr(network, name) != theirs:
                 raise ValueError(
-                    f"checkpoint {path} must have the model's {name} {getattr(model, name)}, "
+                    f"checkpoint {path} must have the model's {name} {getattr(network, name)}, "
                     f"got {theirs}"
                 ) from None
         raise

@@ -156,6 +156,7 @@ def train(
         raise ValueError("config must be at least one config, got an empty list")
     if at_once is not None:
         configs[0] = replace(configs[0], at_once=str(at_once))
+    together = configs[0].at_once
     for one in configs:
         for name in ("eval", "config"):
             if getattr(one, name) is not None:
@@ -172,7 +173,7 @@ def train(
         try:
             if not isinstance(config, TrainConfig):
                 configs[0].check_at_once(len(configs), processes.count)
-                at_once, configs[0] = configs[0].at_once, replace(configs[0], at_once=None)
+                configs[0] = replace(configs[0], at_once=None)
             for one in configs:
                 beside = jobs[0] if jobs else None
                 jobs.append(_prepared(one, _given(one), processes, held, dataset, beside))
@@ -181,7 +182,7 @@ def train(
             if on_epoch is not None:
                 raise ValueError("on_epoch must be left out with several runs")
             if not isinstance(config, TrainConfig):
-                return _train_list(jobs, at_once)
+                return _train_list(jobs, together)
             results = _train_several(jobs[0])
             if processes.rank == 0:
                 summarize(jobs[0].folder, jobs[0].config, _scores(results))
@@ -219,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
         with _bad_input_exits():
             config, given = parse_flags(arguments)
             if config.eval is not None:
-                return _evaluate(config, given)
+                return _evaluate(config.eval, config, given)
             processes = Processes(_device_name(config), config.timeout)
             job = _prepared(config, given, processes, held)
         if not job.config.several:
@@ -338,7 +339,7 @@ def _train_list(jobs: list[_Job], at_once: str | None) -> list[Result]:
 
 
 def _results(
-    begins: list[Callable[[contextlib.ExitStack], Run]],
+    begins: Sequence[Callable[[contextlib.ExitStack], Run]],
     at_once: str | None,
     processes: Processes,
     advice: str,
@@ -384,7 +385,8 @@ def _prepared(
         config = replace(config, dataset=dataset.name)
     if processes.rank == 0:
         if config.resume:
-            config, folder = _resumed(config, given, held)
+            folder = Path(config.resume)
+            config = _resumed(folder, given, held)
         else:
             config = _resolved(config, given, processes, named=dataset is None)
     config, folder = processes.tell((config, folder))
@@ -475,11 +477,8 @@ def _resolved(config: TrainConfig, given: dict, processes: Processes, named: boo
     return _with_precision(replace(config, dataset=dataset, data_root=root))
 
 
-def _resumed(
-    config: TrainConfig, given: dict, held: contextlib.ExitStack
-) -> tuple[TrainConfig, Path]:
-    """The settings that a stopped run began with, and its folder."""
-    folder = Path(config.resume)
+def _resumed(folder: Path, given: dict, held: contextlib.ExitStack) -> TrainConfig:
+    """The settings that the stopped run in ``folder`` began with."""
     path = folder / "config.json"
     if not path.is_file():
         begin = f"; nothing was begun there: {flag_of('out')} {folder}" * is_free(folder)
@@ -511,7 +510,7 @@ def _resumed(
                 f"{bound} is fitted, got {given['epochs']}"
             )
     free = {name: given[name] for name in _FREE_ON_RESUME & given.keys()}
-    return _with_precision(replace(begun, **free)), folder
+    return _with_precision(replace(begun, **free))
 
 
 def _check_free(folder: Path) -> None:
@@ -581,9 +580,9 @@ def _dtype(config: TrainConfig) -> str:
     return "fp16" if _device_name(config) == "cuda" else "fp32"
 
 
-def _evaluate(config: TrainConfig, given: dict) -> int:
+def _evaluate(checkpoint: str, config: TrainConfig, given: dict) -> int:
     """Score a checkpoint, this package's or a published one, on the test set."""
-    weights = read_weights(find_weights(config.eval))
+    weights = read_weights(find_weights(checkpoint))
     card = weights.card
     if given.get("depth", weights.depth) != weights.depth:
         raise ValueError(
@@ -606,10 +605,10 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
     if (config.mean is None) != (config.std is None):
         missing = "std" if config.std is None else "mean"
         raise ValueError(f"{missing} must be given, as the other one of mean and std is")
-    if config.mean is not None:
+    if config.mean is not None and config.std is not None:
         mean, std = _from_flag("mean", config.mean), _from_flag("std", config.std)
     elif own:
-        mean, std = (_three_numbers(card, key, config.eval) for key in ("mean", "std"))
+        mean, std = (_three_numbers(card, key, checkpoint) for key in ("mean", "std"))
     elif config.normalization == "imagenet":
         mean, std = IMAGENET_STATISTICS
     else:
@@ -621,7 +620,7 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
         raise ValueError(f"eval must be run by one process, not by {processes.count}")
     device = processes.device
     _verify_kernels(config, processes)
-    model = FastResNet.from_pretrained(config.eval, config.implementation)
+    model = FastResNet.from_pretrained(checkpoint, config.implementation)
     dtype = DTYPES[_dtype(config)]
     loader = Loader(
         dataset.x_test,
@@ -646,7 +645,7 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
     flip = f" ({100 * mirrored[0]:.2f} % with mirror images)" if mirrored else ""
     print(
         f"ResNet-{model.depth} on {dataset.name}: test accuracy {100 * accuracy:.2f} %{flip}, "
-        f"loss {loss:.4f}, {len(dataset.x_test)} pictures; {config.eval}"
+        f"loss {loss:.4f}, {len(dataset.x_test)} pictures; {checkpoint}"
     )
     logits, labels = predict(model, loader, device=device, dtype=dtype)
     scores = Scores.of(logits, labels)
@@ -690,7 +689,7 @@ def _three_numbers(content: dict, key: str, path: str) -> torch.Tensor:
 class _CallableModule(types.ModuleType):
     """This module, called: a package has one name for its module and its function ``train``."""
 
-    def __call__(self, *arguments, **settings) -> Result:
+    def __call__(self, *arguments, **settings) -> Result | list[Result]:
         return train(*arguments, **settings)
 
 

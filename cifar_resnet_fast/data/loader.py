@@ -13,6 +13,7 @@ the steps.
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -196,16 +197,15 @@ class Loader:
         self._flip = flip
         self._padding, self._padding_mode = crop_padding, padding_mode
         self._rank, self._processes = rank, processes
-        self._kinds = (mixup, cutmix) if augmented and (mixup or cutmix) else None
+        self._kinds = mixup, cutmix
+        mixed = augmented and bool(mixup or cutmix)
         self._mixed_epochs = mixed_epochs
         self._values = ops.normalized_bytes(mean, std, dtype).to(device)
-        sets = 1 if self._kinds is None else 2
-        shape = (6 * sets, self.steps * self.part_size)
+        shape = (12 if mixed else 6, self.steps * self.part_size)
         self._draws = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._mix = None
-        if self._kinds is not None:
-            self._mix = torch.zeros((6, self.steps), device=device)
-        self._drawn = None  # the (seed, epoch) of the draws on the device
+        self._mix = torch.zeros((6, self.steps), device=device) if mixed else None
+        # the seed and the epoch of the draws on the device
+        self._drawn: tuple[int, int] | None = None
         self._window = None
         if resident is None:
             resident = _fits(images, device)
@@ -213,7 +213,7 @@ class Loader:
         self.source = images, labels  # what another loader can share
         if resident:
             self._images, self._labels = self.source = images.to(device), labels.to(device)
-        elif self._kinds is not None and processes > 1:
+        elif mixed and processes > 1:
             raise ValueError(
                 f"mixup and cutmix must be 0 with several processes if the images do not fit into "
                 f"the device's memory, got {mixup} and {cutmix}"
@@ -338,7 +338,7 @@ class _Window:
         shape = (2 * self._half, *images.shape[1:])
         self.images = torch.zeros(shape, dtype=images.dtype, device=device)
         self.labels = torch.zeros(2 * self._half, dtype=labels.dtype, device=device)
-        self._held = [None, None]
+        self._held: list[tuple[Any, int] | None] = [None, None]
         self._cuda = device.type == "cuda"
         # what is copied to the device without waiting must lie in pinned memory until it is there
         self._staged_images = _pinned(torch.zeros(shape, dtype=images.dtype), device)
@@ -382,7 +382,7 @@ class _Window:
             self._wait(self._filled[half])  # the copy out of this staging half has ended
         torch.index_select(self._all_images, 0, pictures, out=self._staged_images[place])
         torch.index_select(self._all_labels, 0, pictures, out=self._staged_labels[place])
-        stream = contextlib.nullcontext()
+        stream: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._cuda:
             # steps that read this half were launched before; the copy must not overtake them
             self._stream.wait_stream(torch.cuda.current_stream())

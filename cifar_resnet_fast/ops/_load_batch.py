@@ -3,6 +3,8 @@
 Twins: ``reference.load_batch`` and ``reference.normalize``.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -139,7 +141,7 @@ def load_batch(
         raise ValueError(
             f"padding must be less than {min(H, W)} pixels to be reflected, got {padding}"
         )
-    run = reference.load_batch
+    run: Callable[..., tuple[Tensor, ...]] = reference.load_batch
     if choose(implementation, images.device, "load_batch") == "triton":
         from cifar_resnet_fast.kernels.augment import load_batch as run
     return run(

@@ -5,6 +5,8 @@ keep values and shapes, but not strides. The kernels take no strides, so for the
 be others.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,9 @@ def save(ctx, *tensors: Tensor | None) -> None:
     ctx.saved_strides = [None if tensor is None else tensor.stride() for tensor in tensors]
 
 
-def saved(ctx) -> list[Tensor | None]:
-    """What ``save`` was given, laid out as it was; copied if a hook changed the layout."""
+def saved(ctx) -> list[Any]:
+    """The tensors, or None, that ``save`` was given, laid out as they were; copied if a hook
+    changed the layout."""
     return [
         tensor if tensor is None or tensor.stride() == strides else _with_strides(tensor, strides)
         for tensor, strides in zip(ctx.saved_tensors, ctx.saved_strides, strict=True)

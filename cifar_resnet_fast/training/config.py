@@ -219,7 +219,7 @@ class TrainConfig:
             ("batch_size_per_process", 1),
             ("evaluate_every", 1),
         ):
-            self._check(name, lambda v, low=minimum: v is None or v >= low, f"at least {minimum}")
+            self._check(name, _at_least(minimum), f"at least {minimum}")
         for name in (
             "validation",
             "warmup_epochs",
@@ -239,7 +239,7 @@ class TrainConfig:
         for name in ("lr", "muon_lr", "timeout"):
             self._check(name, lambda v: v > 0 and math.isfinite(v), "more than 0")
         for name, most in _MOST.items():
-            self._check(name, lambda v, high=most: v <= high, f"at most {most}")
+            self._check(name, _at_most(most), f"at most {most}")
         self._check(
             "sync_bn",
             lambda v: not v or self.implementation in ("auto", "reference"),
@@ -314,7 +314,7 @@ class TrainConfig:
             if choices:
                 self._check(item.name, choices.__contains__, f"one of {', '.join(choices)}")
 
-    def _check(self, name: str, obeys: typing.Callable[[Any], bool], rule: str) -> None:
+    def _check(self, name: str, obeys: typing.Callable[[Any], object], rule: str) -> None:
         value = getattr(self, name)
         if not obeys(value):
             raise ValueError(f"{name} must be {rule}, got {value!r}")
@@ -448,6 +448,14 @@ SWEPT = (
 _MOST_COMBINATIONS = 1000
 
 
+def _at_least(low: float) -> typing.Callable[[Any], bool]:
+    return lambda value: value is None or value >= low
+
+
+def _at_most(high: float) -> typing.Callable[[Any], bool]:
+    return lambda value: value <= high
+
+
 def _swept(item: str) -> tuple[str, list[str]]:
     """The setting and its values, as texts, of ``name=value,value``."""
     name, _, values = item.partition("=")
@@ -528,8 +536,9 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
             if not options["choices"]:
                 options["metavar"] = item.name.split("_")[-1].upper()
         if item.default not in (None, ()) and hint is not bool:
-            several = isinstance(item.default, tuple)
-            shown = " ".join(map(str, item.default)) if several else item.default
+            shown: Any = item.default
+            if isinstance(shown, tuple):
+                shown = " ".join(map(str, shown))
             options["help"] += f" (default: {shown})"
         parser.add_argument(flag_of(item.name), **options)
     arguments = sys.argv[1:] if arguments is None else arguments

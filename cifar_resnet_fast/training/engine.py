@@ -6,7 +6,7 @@ launch; where nothing captures, the same function runs as it is.
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -54,7 +54,7 @@ class Evaluator:
     ):
         self._processes = processes
         self._mirrored = mirrored
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         self._loader = loader
         self._device, self._dtype = device, dtype
         # summed over the images so far: cross entropy, hits and, if mirrored, hits of the means;
@@ -169,7 +169,7 @@ class Engine:
         mirrored: bool = False,
         processes: Processes,
     ):
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         self._training = training
         self._device, self._dtype, self._seed = device, dtype, seed
         self._label_smoothing = label_smoothing
@@ -191,7 +191,7 @@ class Engine:
         if lookahead:
             fast = self.optimizer.parameters
             self._lookahead = Lookahead(fast, lookahead, lookahead_share)
-        self._averaged = None
+        self._averaged: AveragedWeights[FastResNet] | None = None
         if ema:
             self._averaged = AveragedWeights(model, self._flats, ema, ema_floor)
         self._ema_start = ema_start
@@ -208,7 +208,7 @@ class Engine:
         self._continue_from(0)
         self.metrics = torch.zeros((3, training.steps), device=device)
         self._readback = Readback(self.metrics, processes.wait)
-        self._replay = self.run_step
+        self._replay: Callable[[], None] = self.run_step
 
     @property
     def evaluated_model(self) -> FastResNet:
@@ -280,8 +280,8 @@ class Engine:
         if self.done < len(self._schedule):
             self.prepare()  # the next epoch is drawn while the device evaluates
 
-    def evaluation(self) -> tuple[float, float]:
-        """Mean cross entropy and accuracy (0 .. 1) of the evaluation launched last."""
+    def evaluation(self) -> tuple[float, ...]:
+        """The ``Evaluator.result`` of the evaluation launched last."""
         return self._evaluator.result()
 
     def step_bytes(self, pictures: int) -> int:
@@ -444,10 +444,9 @@ class Engine:
 
         if labels_b is None:
             return score(labels)
-        return tuple(
-            ratio * first + (1 - ratio) * second
-            for first, second in zip(score(labels), score(labels_b), strict=True)
-        )
+        assert ratio is not None  # as there are second labels
+        (loss, hits), (loss_b, hits_b) = score(labels), score(labels_b)
+        return ratio * loss + (1 - ratio) * loss_b, ratio * hits + (1 - ratio) * hits_b
 
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes and a later step or the user reads."""

@@ -123,7 +123,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...], titl
         for i in range(K):
             for j in range(K):
                 colour = "white" if shares[i, j] > 0.5 else "black"
-                count = int(confusion[i, j])
+                count = str(int(confusion[i, j]))
                 axes.text(j, i, count, ha="center", va="center", color=colour, fontsize=8)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)

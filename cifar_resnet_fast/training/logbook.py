@@ -182,7 +182,8 @@ def read_metrics(folder: Path) -> tuple[list[dict], int]:
     path = folder / "metrics.jsonl"
     if not os.path.lexists(path):
         return [], 0
-    rows, dropped = [], 0
+    rows: list[dict] = []
+    dropped = 0
     for line in path.read_bytes().decode(errors="replace").splitlines(keepends=True):
         try:
             row = json.loads(line)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from cifar_resnet_fast.errors import first_line, is_out_of_memory
 from cifar_resnet_fast.training.capture import CudaGraphs, capture_for
 from cifar_resnet_fast.training.engine import EngineGroup
-from cifar_resnet_fast.training.logbook import Logbook, read_metrics
+from cifar_resnet_fast.training.logbook import Logbook, SilentLogbook, read_metrics
 from cifar_resnet_fast.training.memory import BatchTooLargeError, networks_that_fit
 from cifar_resnet_fast.training.run import Run, RunStopped
-from cifar_resnet_fast.training.signals import StopRequest
+from cifar_resnet_fast.training.signals import StopRequest, Wish
 
 
 def number_at_once(wanted: str, first: Run, runs: int) -> int:
@@ -46,12 +46,6 @@ def number_at_once(wanted: str, first: Run, runs: int) -> int:
     return count
 
 
-class _Wish:
-    """The wish to stop, as it was when the step began: all networks see the same."""
-
-    wished = False
-
-
 class RunGroup:
     """Runs that train at the same time.
 
@@ -76,9 +70,9 @@ class RunGroup:
         """
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest(patient=False))
-            logbooks = [
-                stack.enter_context(run.logbook(label=run.folder.name)) for run in self.runs
-            ]
+            logbooks = [run.logbook(label=run.folder.name) for run in self.runs]
+            for logbook in logbooks:
+                stack.enter_context(logbook)
             stack.enter_context(self._graphs_dropped())
             stack.enter_context(_must_fit(len(self.runs)))
             stopped = self._steps(logbooks, stop)
@@ -88,11 +82,13 @@ class RunGroup:
             )
         return [logbook.rows for logbook in logbooks]
 
-    def _steps(self, logbooks: list[Logbook], stop: StopRequest) -> int:
+    def _steps(self, logbooks: Sequence[Logbook | SilentLogbook], stop: Wish) -> int:
         """All steps of all; returns how many networks the user has stopped."""
-        wish, capture = _Wish(), capture_for(self.runs[0].processes.device)
+        wish = Wish()  # as it is when a step begins: all networks see the same
+        capture = capture_for(self.runs[0].processes.device)
         courses = {place: run.course(logbooks[place], wish) for place, run in enumerate(self.runs)}
-        stopped, group = 0, None
+        stopped = 0
+        group: EngineGroup | None = None
         while courses:
             wish.wished = stop.wished
             number = len(courses)
@@ -110,7 +106,7 @@ class RunGroup:
                 del courses[place]
             if group is None or len(courses) < number:
                 first = group is None
-                if not first:
+                if group is not None:
                     group.drop_graphs()
                 group = EngineGroup([self.runs[place].engine for place in courses])
                 if capture is not None and courses:
@@ -171,11 +167,14 @@ def train_many(
         RunStopped, BatchTooLargeError, OSError: as ``RunGroup.train``
         ValueError: so many do not fit
     """
-    count, done = 1 if at_once is None else None, 0
+    count: int | None = None
+    done = 0
     while done < len(begin):
         with contextlib.ExitStack() as held:
             runs = [begin[done](held)]
-            if count is None:
+            if at_once is None:
+                count = 1
+            elif count is None:
                 with bad_input():
                     count = number_at_once(at_once, runs[0], len(begin))
             runs += [one(held) for one in begin[done + 1 : done + count]]

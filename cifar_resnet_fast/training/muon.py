@@ -49,7 +49,8 @@ class FlatMuon(FlatSGD):
             filled = torch.zeros(index.shape)
             numbers = batched + torch.arange(index.numel()).reshape(index.shape)
             for number, weight in enumerate(members):
-                own = weight.storage_offset() + torch.arange(weight.numel()).reshape(rows, -1)
+                own = torch.arange(weight.numel()).reshape(rows, -1)
+                own += int(weight.storage_offset())
                 place = (number, slice(None), slice(own.shape[1]))
                 index[place], filled[place] = own, 1.0
                 places[own], held[own] = numbers[place], True

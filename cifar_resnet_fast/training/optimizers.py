@@ -8,12 +8,14 @@ parameters as ever. One kernel then updates all of them, and one all-reduce serv
 import contextlib
 from collections.abc import Sequence
 from copy import deepcopy
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cifar_resnet_fast import ops
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _ALIGNMENT = 64  # elements; a view starts at a multiple, so kernels may load 16 bytes at a time
 
 
@@ -98,13 +100,13 @@ class FlatSGD:
         groups = [(list(ahead), 0.0), (decayed, weight_decay), (rest, 0.0)]
         self._groups = [(members, decay) for members, decay in groups if members]
         self._members = [*ahead, *decayed, *rest]
-        self._settings = {"momentum": momentum, "nesterov": nesterov}
+        self._settings: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov}
         self._weight_decay, self._clip = weight_decay, clip
         self._implementation = implementation
 
         self.parameters = flatten(self._members)
-        self._start = (decayed + rest)[0].storage_offset()
-        end = rest[0].storage_offset() if rest else self.parameters.numel()
+        self._start = int((decayed + rest)[0].storage_offset())
+        end = int(rest[0].storage_offset()) if rest else self.parameters.numel()
         self._decayed = end - self._start
         P = self.parameters.numel()
         self.exchanged = self.parameters.new_zeros(P + passengers)
@@ -130,7 +132,8 @@ class FlatSGD:
             if gradient.data_ptr() != view.data_ptr()
         ]
         if pairs:
-            torch._foreach_copy_(*zip(*pairs, strict=True))
+            views, gradients = zip(*pairs, strict=True)
+            torch._foreach_copy_(views, gradients)
 
     def gradients_in_place(self) -> contextlib.AbstractContextManager[None]:
         """A forward pass inside has its backward pass write into ``gradients`` where it can."""
@@ -174,14 +177,14 @@ class FlatSGD:
         Raises:
             ValueError: the state is of other parameters or of other settings; nothing has changed
         """
-        for place, (ours, theirs) in enumerate(
+        for place, (group, given) in enumerate(
             zip(self._param_groups(), state["param_groups"], strict=False)
         ):
             for name in ("momentum", "dampening", "weight_decay", "nesterov", "maximize"):
-                if ours[name] != theirs[name]:
+                if group[name] != given[name]:
                     raise ValueError(
-                        f"optimizer state must have {name} {ours[name]} in group {place}, "
-                        f"got {theirs[name]}"
+                        f"optimizer state must have {name} {group[name]} in group {place}, "
+                        f"got {given[name]}"
                     )
         sizes = [len(group["params"]) for group in state["param_groups"]]
         if sizes != [len(members) for members, _ in self._groups]:
@@ -248,7 +251,7 @@ class Lookahead:
         return dict(zip(named, _views(self.slow, list(named.values())), strict=True))
 
 
-class AveragedWeights:
+class AveragedWeights(Generic[_Model]):
     """An exponential moving average of a model's parameters and running statistics.
 
     Args:
@@ -267,7 +270,7 @@ class AveragedWeights:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: _Model,
         sources: Sequence[Tensor],
         decay: float,
         floor: float | None = None,
@@ -290,7 +293,7 @@ class AveragedWeights:
         Args:
             age: [] int64, on the device. steps since the average began
         """
-        decay = self._decay
+        decay: float | Tensor = self._decay
         if self._floor is not None:
             n = age.clamp(min=0)
             decay = ((1 + n) / (10 + n)).clamp(self._floor, self._decay)

@@ -15,9 +15,10 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cifar_resnet_fast.checkpoint import read_checkpoint, save_checkpoint, write_atomically
 from cifar_resnet_fast.data.datasets import Dataset
@@ -31,7 +32,7 @@ from cifar_resnet_fast.training.engine import DTYPES, Engine
 from cifar_resnet_fast.training.logbook import Logbook, SilentLogbook, read_metrics
 from cifar_resnet_fast.training.memory import batch_must_fit
 from cifar_resnet_fast.training.schedules import learning_rates
-from cifar_resnet_fast.training.signals import StopRequest
+from cifar_resnet_fast.training.signals import StopRequest, Wish
 from cifar_resnet_fast.training.trace import STEPS_BEFORE, StepTrace
 
 _SHOW_EVERY_SECONDS = 0.2
@@ -77,22 +78,21 @@ class RunData:
         self.num_classes = len(dataset.classes)
         self.evaluated = "validation" if config.validation else "test"
         own = dataset.channel_statistics() if like is None else like._own_statistics
-        self._own_statistics = own
+        self._own_statistics: tuple[Tensor, Tensor] = own
         self.mean, self.std = own if config.normalization == "dataset" else IMAGENET_STATISTICS
-        settings = {"mean": self.mean, "std": self.std, "dtype": DTYPES[config.dtype]}
-        settings |= {
+        settings: dict[str, Any] = {
+            "mean": self.mean,
+            "std": self.std,
+            "dtype": DTYPES[config.dtype],
             "device": processes.device,
             "rank": processes.rank,
             "processes": processes.count,
             "wait": processes.wait,
         }
         training, testing = (dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)
-        shared = {"training": {}, "testing": {}}
         if like is not None:
             training, testing = like.training.source, like.testing.source
-            for name in shared:
-                shared[name]["resident"] = getattr(like, name).resident
-        self.training = Loader(
+        self.training: Loader = Loader(
             *training,
             batch_size=config.batch_size,
             cutout=config.cutout,
@@ -102,7 +102,7 @@ class RunData:
             mixup=config.mixup,
             cutmix=config.cutmix,
             mixed_epochs=config.epochs - config.unmixed_epochs,
-            **shared["training"],
+            resident=None if like is None else like.training.resident,
             **settings,
         )
         if config.epochs * self.training.steps > _MOST_STEPS:
@@ -110,11 +110,11 @@ class RunData:
                 f"epochs must be at most {_MOST_STEPS // self.training.steps} at "
                 f"{self.training.steps} steps each, got {config.epochs}"
             )
-        self.testing = Loader(
+        self.testing: Loader = Loader(
             *testing,
             batch_size=_divided(min(config.batch_size, len(dataset.x_test)), processes.count),
             augmented=False,
-            **shared["testing"],
+            resident=None if like is None else like.testing.resident,
             **settings,
         )
         # enough to tell on a resume that the pictures are the same
@@ -155,6 +155,7 @@ class Run:
         )
         if config.sync_bn and processes.count > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        assert config.loss_scale is not None  # train.py has filled in the default
         steps_per_epoch = data.training.steps
         self._rates = learning_rates(
             config.epochs * steps_per_epoch,
@@ -238,7 +239,7 @@ class Run:
     def course(
         self,
         logbook: Logbook | SilentLogbook,
-        stop: StopRequest,
+        stop: Wish,
         on_epoch: Callable[[dict], object] | None = None,
     ) -> Iterator[None]:
         """All of the training but its steps: at each ``yield`` the next one is to be launched.
@@ -355,7 +356,7 @@ class Run:
         )
 
     def _train_epoch(
-        self, epoch: int, logbook: Logbook, stop: StopRequest
+        self, epoch: int, logbook: Logbook | SilentLogbook, stop: Wish
     ) -> Generator[None, None, float]:
         """The steps of an epoch that are still to do, one at each ``yield``; returns images per
         second."""
@@ -398,13 +399,21 @@ class Run:
             return wish
         return self.step % _AGREE_EVERY_STEPS == 0 and self.processes.any(wish)
 
-    def _show(self, step: int, steps_per_second: float, epoch: int, logbook: Logbook) -> None:
+    def _show(
+        self,
+        step: int,
+        steps_per_second: float,
+        epoch: int,
+        logbook: Logbook | SilentLogbook,
+    ) -> None:
         """Move the bar to ``step``, whose metrics have arrived."""
         training = self.data.training
         loss, accuracy = self._epoch_so_far(epoch, step - epoch * training.steps)
         logbook.show(step, loss, accuracy, steps_per_second * training.batch_size)
 
-    def _finish_epoch(self, epoch: int, images_per_second: float, logbook: Logbook) -> None:
+    def _finish_epoch(
+        self, epoch: int, images_per_second: float, logbook: Logbook | SilentLogbook
+    ) -> None:
         """Keep the epoch's row; its checkpoint, if there is one, comes afterwards.
 
         A row without its checkpoint is dropped on resume; a checkpoint without its row would

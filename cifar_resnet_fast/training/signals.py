@@ -4,7 +4,13 @@ import signal
 import threading
 
 
-class StopRequest:
+class Wish:
+    """Whether a training is to stop between two steps."""
+
+    wished = False
+
+
+class StopRequest(Wish):
     """Turns the first Ctrl-C, SIGTERM or SIGHUP into a wish that the loop sees between two steps.
 
     Args:
@@ -13,7 +19,6 @@ class StopRequest:
     """
 
     def __init__(self, patient: bool):
-        self.wished = False
         self._patient = patient
 
     def __enter__(self) -> "StopRequest":

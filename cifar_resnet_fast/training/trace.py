@@ -33,7 +33,7 @@ class StepTrace:
 
     def __exit__(self, *_) -> None:
         if self._profile is not None:
-            self._write()
+            self._write(self._profile)
 
     def before_step(self) -> None:
         """A step is about to be launched."""
@@ -57,12 +57,12 @@ class StepTrace:
         self._recorded += 1
         if self._recorded < STEPS:
             return False
-        self._write()
+        self._write(self._profile)
         return True
 
-    def _write(self) -> None:
+    def _write(self, recorded: profile) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._profile.stop()
-        self._profile.export_chrome_trace(str(self.path))
+        recorded.stop()
+        recorded.export_chrome_trace(str(self.path))
         self._profile, self.written = None, self._recorded

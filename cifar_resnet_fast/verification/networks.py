@@ -66,7 +66,9 @@ class Problem:
         """[N, 3, 32, 32] float32 and [N] int64: the loader's first batch."""
         loader = self.loader(torch.float32)
         loader.prepare(0)
-        return loader.batch(torch.zeros((), dtype=torch.int64, device=self.device))
+        step = torch.zeros((), dtype=torch.int64, device=self.device)
+        images, labels = loader.batch(step)
+        return images, labels
 
 
 # the step's and the check's: 150 MB at batch 1024, which take most of a second to draw

@@ -6,6 +6,7 @@ holds a run of it against float64.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from cifar_resnet_fast.verification.budget import Compared, compared, without_tf
 
 SIDES = (32, 16, 8)  # pixels a row, of the three stages
 _RECIPE = TrainConfig()
-SGD_SETTINGS = {
+SGD_SETTINGS: dict[str, Any] = {
     "momentum": _RECIPE.momentum,
     "weight_decay": _RECIPE.weight_decay,
     "nesterov": _RECIPE.nesterov,
@@ -146,8 +147,8 @@ def load_batch(mixed: bool = False) -> Case:
 
     def inputs(batch, dtype, device, generator):
         shape = (batch, side, side, 3)
-        draws = vars(draw_epoch(generator.initial_seed(), 0, batch)).values()
-        draws = torch.stack([draw.int() for draw in draws])
+        columns = vars(draw_epoch(generator.initial_seed(), 0, batch)).values()
+        draws = torch.stack([column.int() for column in columns])
         mix = {}
         if mixed:  # blended, with a box that is the partner's
             draws = torch.cat((draws, draws.flip(1)))
@@ -166,7 +167,7 @@ def load_batch(mixed: bool = False) -> Case:
         }
 
     def call(tensors, implementation):
-        sizes = {"batch_size": len(tensors["images"]), "padding": CROP_PADDING}
+        sizes: dict[str, Any] = {"batch_size": len(tensors["images"]), "padding": CROP_PADDING}
         if implementation == "reference":  # itself, for it takes float64, too
             found = reference.load_batch(**tensors, **sizes)
         else:
@@ -244,7 +245,7 @@ def linear_cross_entropy(classes: int, label_smoothing: float, mixed: bool) -> C
 
     def call(tensors, implementation):
         given = {n: t.detach().requires_grad_(n in names) for n, t in tensors.items()}
-        settings = {"label_smoothing": label_smoothing}
+        settings: dict[str, Any] = {"label_smoothing": label_smoothing}
         if implementation == "reference":  # itself, for it takes a float64 ratio, too
             loss, hits = reference.linear_cross_entropy(**given, **settings)
         else:

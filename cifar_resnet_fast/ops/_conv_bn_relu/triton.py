@@ -202,7 +202,8 @@ class _ConvBNReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, da):
         x, packed, y, affine, mask = saved(ctx)
-        _, relu, _ = ctx.settings
+        stride, relu, training = ctx.settings
+        weight_dtype, channels_last = ctx.weight_layout
         dx, dweight, dbn_weight, dbn_bias, _, _, dshortcut, *_ = ctx.needs_input_grad
         da = da.contiguous(memory_format=torch.channels_last)
         run = _backward_op if torch.compiler.is_compiling() else conv_bn_relu_bwd
@@ -213,11 +214,14 @@ class _ConvBNReLU(torch.autograd.Function):
             y,
             affine,
             mask,
-            *ctx.settings,
+            stride,
+            relu,
+            training,
             dx,
             dweight,
             dshortcut and relu,
-            *ctx.weight_layout,
+            weight_dtype,
+            channels_last,
             ctx.bn_dtype,
         )
         grad_bn_weight, grad_bn_bias = gradients[:2]

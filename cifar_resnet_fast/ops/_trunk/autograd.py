@@ -208,9 +208,20 @@ class _Trunk(torch.autograd.Function):
     def forward(ctx, implementation, pictures, momenta, eps, places, *tensors):
         count = len(momenta)
         columns = [list(tensors[i : i + count]) for i in range(0, len(tensors), count)]
+        weights, bn_weights, bn_biases, means, variances = columns
         run = _compiled_fwd if torch.compiler.is_compiling() else trunk_fwd
-        pooled, *kept = run(implementation, pictures, *columns, momenta, eps, True)
-        weights, bn_weights = columns[:2]
+        pooled, *kept = run(
+            implementation,
+            pictures,
+            weights,
+            bn_weights,
+            bn_biases,
+            means,
+            variances,
+            momenta,
+            eps,
+            True,
+        )
         ctx.implementation, ctx.count, ctx.places = implementation, count, places
         save(ctx, pictures, *weights, *bn_weights, *kept)
         return pooled

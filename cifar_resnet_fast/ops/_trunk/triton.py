@@ -72,7 +72,7 @@ class Kernels:
     ):
         self._units = units
         self.weights = packed_weights(units, pictures.dtype) if kept is None else kept.weights
-        self.gradients = [()] * len(units)
+        self.gradients: list[tuple[Tensor, ...]] = [()] * len(units)
         self._places = [None] * len(units) if places is None else places
 
     def _norm(self, i: int, sums: Tensor) -> Tensor:
@@ -125,7 +125,8 @@ class Kernels:
 
     def b1(self, i, dz, sums, y, norm, y_before, norm_before, x, residual):
         if stride_of(i, self._units[i].weight) == 2:
-            residual = shortcut_a_bwd(residual, *x.shape[1:], 2)
+            _, C, H, W = x.shape
+            residual = shortcut_a_bwd(residual, C, H, W, 2)
         return self._backward(
             i, dz, sums, y, norm, x=x, raw=y_before, raw_affine=norm_before, residual=residual
         )
