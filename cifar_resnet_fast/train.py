@@ -435,13 +435,14 @@ def _verify_kernels(config: TrainConfig, processes: Processes) -> None:
     if config.no_selfcheck or processes.device.type != "cuda":
         return
     # only where it is used: on a GPU
-    from cifar_resnet_fast.verification.first_run import RUN_OPERATIONS, verify_run
+    from cifar_resnet_fast.verification.first_run import operations_of_run, verify_run
 
     plain = config.sync_bn and processes.count > 1
     implementation = "reference" if plain else config.implementation
+    network = "trunk" if config.shortcut == "A" else "conv_bn_relu"
     with processes.first_here_first():
-        own = verify_run(implementation, _dtype(config), processes.device)
-    for operation in RUN_OPERATIONS:
+        own = verify_run(implementation, _dtype(config), processes.device, network)
+    for operation in operations_of_run(network):
         for name in ops.OPERATIONS[operation][:-1]:
             failed = (operation, name) in own
             if processes.any(failed) and not failed:
@@ -589,11 +590,13 @@ def _evaluate(config: TrainConfig, given: dict) -> int:
         raise ValueError(
             f"depth must be left out or be the checkpoint's {weights.depth}, got {config.depth}"
         )
+    network = {name: value for name, value in weights.network.items() if name != "num_classes"}
     name = config.dataset
     if name == "auto":
         name = card.get("dataset") or "cifar10"  # a published checkpoint has none
     for other in given.keys() - _WITH_EVAL:
         raise ValueError(f"{other} must be left out with {flag_of('eval')}, got {given[other]}")
+    config = replace(config, **network)
     own = not {"mean", "normalization"} & given.keys() and "mean" in card
     # the statistics are those of all training images, whatever --limit says
     needs_all = not own and config.mean is None and config.normalization == "dataset"

@@ -74,10 +74,10 @@ TRAINED = [row for row in CARD if row[-1]]
 @pytest.mark.parametrize("row", TRAINED, ids=ids(TRAINED))
 def test_figures_in_the_model_card(row):
     """They are what the run's files say."""
-    name, _, _, epochs, batch, seeds, accuracy, _, folder = row
+    name, shortcut, _, epochs, batch, seeds, accuracy, _, folder = row
     config = TrainConfig.from_dict(json.loads((ROOT / folder / "config.json").read_text()))
     rows = [json.loads(t) for t in (ROOT / folder / "metrics.jsonl").read_text().splitlines()]
-    assert f"ResNet-{config.depth}" == name
+    assert (f"ResNet-{config.depth}", config.shortcut) == (name, shortcut)
     assert [config.batch_size, config.runs] == [int(batch), int(seeds)]
     assert config.epochs == rows[-1]["epoch"] == len(rows) == int(epochs)
     assert f"{100 * rows[-1]['test_accuracy']:.2f}" == accuracy

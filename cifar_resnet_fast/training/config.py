@@ -15,7 +15,7 @@ from typing import Any
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.datasets import NAMES
 from cifar_resnet_fast.data.loader import CROP_PADDING, FLIPS, PADDING_MODES
-from cifar_resnet_fast.resnet import check_depth
+from cifar_resnet_fast.resnet import SHORTCUTS, check_depth
 from cifar_resnet_fast.training.recipes import RECIPES, settings_of
 from cifar_resnet_fast.training.schedules import SCHEDULES
 
@@ -27,6 +27,7 @@ def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> An
 # far beyond what anybody trains with, and short of what memory, clocks and float32 bear
 _MOST = {
     "depth": 12_002,
+    "width": 100,
     "epochs": 1_000_000,
     "cutout": 32,
     "weight_decay": 1e6,
@@ -46,6 +47,13 @@ class TrainConfig:
     """
 
     depth: int = _flag(20, "6n + 2 layers; the paper's are 20, 32, 44, 56, 110, 1202")
+    shortcut: str = _flag(
+        "A",
+        "of the two blocks that change the shape: A has no parameters; B is a 1x1 convolution and "
+        "a normalisation, and its layers run one by one",
+        SHORTCUTS,
+    )
+    width: int = _flag(1, "times so many channels as the paper's 16, 32 and 64")
     dataset: str = _flag(
         "auto",
         f"{', '.join(NAMES)}, a .npz file or a folder; auto is cifar10, or shapes (drawn, no "
@@ -211,6 +219,7 @@ class TrainConfig:
                 "a name that is not empty",
             )
         for name, minimum in (
+            ("width", 1),
             ("epochs", 1),
             ("batch_size", 1),
             ("runs", 1),
@@ -244,6 +253,12 @@ class TrainConfig:
             lambda v: not v or self.implementation in ("auto", "reference"),
             f"off with implementation {self.implementation}",
         )
+        for name, value in (("shortcut", "A"), ("width", 1)):
+            self._check(
+                name,
+                lambda v, only=value: v == only or self.implementation != "cuda",
+                f"{value} with implementation cuda",
+            )
         self._check(
             "dtype",
             lambda v: v != "fp32" or self.implementation != "cuda",
