@@ -44,7 +44,7 @@ def test_resnet8_learns(run):
 
 
 @pytest.fixture(scope="session")
-def test_set(unpack_cifar10) -> tuple[Tensor, Tensor, list[str]]:
+def test_images(unpack_cifar10) -> tuple[Tensor, Tensor, list[str]]:
     """All 10,000 test images [N, 32, 32, 3] uint8, their labels and the names of the classes."""
     script = runpy.run_path(str(unpack_cifar10))
     labels = np.load(script["SHEETS"] / "labels.npz")
@@ -77,13 +77,13 @@ def lead(logits: Tensor) -> Tensor:
     return first - second
 
 
-def check_card(folder: Path, name: str, test_set: tuple, device: torch.device) -> None:
+def check_card(folder: Path, name: str, test_images: tuple, device: torch.device) -> None:
     """A network in a folder of weights scores on a test set what its card says.
 
     As many images are classified right as the card says, but for those whose two largest logits
     are as close as the rounding of another machine's sums can move them.
     """
-    images, labels, classes = test_set
+    images, labels, classes = test_images
     model = FastResNet.from_pretrained(folder / f"{name}.safetensors", "reference")
     card = model.card
     assert card["evaluated_on"] == "test"
@@ -103,10 +103,10 @@ def check_card(folder: Path, name: str, test_set: tuple, device: torch.device) -
 
 
 def check_kernels(
-    folder: Path, name: str, test_set: tuple, device: torch.device, implementation: str
+    folder: Path, name: str, test_images: tuple, device: torch.device, implementation: str
 ) -> None:
     """On a part of a test set, kernels predict what the reference predicts."""
-    images = test_set[0][:PART]
+    images = test_images[0][:PART]
     reference = FastResNet.from_pretrained(folder / f"{name}.safetensors", "reference")
     kernels = FastResNet.from_pretrained(folder / f"{name}.safetensors", implementation)
     exact = exact_logits_of(reference, images)
@@ -119,15 +119,15 @@ def check_kernels(
 
 
 @pytest.mark.parametrize("name", models())
-def test_a_packaged_network_scores_what_its_card_says(name, test_set, device):
-    check_card(pretrained.FOLDER, name, test_set, device)
+def test_a_packaged_network_scores_what_its_card_says(name, test_images, device):
+    check_card(pretrained.FOLDER, name, test_images, device)
 
 
 @pytest.mark.parametrize("implementation", ["triton", "cuda"])
 @pytest.mark.parametrize("name", models())
-def test_kernels_score_a_packaged_network(name, implementation, test_set, kernels_run, device):
+def test_kernels_score_a_packaged_network(name, implementation, test_images, kernels_run, device):
     kernels_run(implementation)
-    check_kernels(pretrained.FOLDER, name, test_set, device, implementation)
+    check_kernels(pretrained.FOLDER, name, test_images, device, implementation)
 
 
 @pytest.fixture
@@ -138,8 +138,8 @@ def weights(run, tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_stand_in_scores_what_its_card_says(weights, test_set, device):
-    images, labels, classes = test_set
+def test_a_stand_in_scores_what_its_card_says(weights, test_images, device):
+    images, labels, classes = test_images
     check_card(weights, "stand-in", (images[:5000], labels[:5000], classes), device)
 
 
@@ -152,8 +152,8 @@ def test_a_stand_in_scores_what_its_card_says(weights, test_set, device):
         pytest.param(lambda card: {"class_names": card["class_names"][::-1]}, id="other-classes"),
     ],
 )
-def test_a_wrong_card_is_noticed(wrong, weights, test_set, device):
-    images, labels, classes = test_set
+def test_a_wrong_card_is_noticed(wrong, weights, test_images, device):
+    images, labels, classes = test_images
     path = weights / "stand-in.json"
     card = json.loads(path.read_text())
     path.write_text(json.dumps({**card, **wrong(card)}))
@@ -162,6 +162,6 @@ def test_a_wrong_card_is_noticed(wrong, weights, test_set, device):
 
 
 @pytest.mark.parametrize("implementation", ["triton", "cuda"])
-def test_kernels_score_a_stand_in(implementation, weights, test_set, kernels_run, device):
+def test_kernels_score_a_stand_in(implementation, weights, test_images, kernels_run, device):
     kernels_run(implementation)
-    check_kernels(weights, "stand-in", test_set, device, implementation)
+    check_kernels(weights, "stand-in", test_images, device, implementation)

@@ -195,7 +195,11 @@ class TrainConfig:
         None, "config.json of a run, whose settings the other flags change one by one"
     )
     resume: str | None = _flag(None, "folder of a stopped run to continue with its own settings")
-    eval: str | None = _flag(None, "checkpoint to evaluate on the test set, without training")
+    eval: str | None = _flag(
+        None,
+        "checkpoint to evaluate on the test set, without training; --dataset may be a folder of "
+        "test sets, such as CIFAR-10-C's .npy files",
+    )
     mean: str | None = _flag(
         None, "with --eval: of the channels, such as 0.4914,0.4822,0.4465; with --std"
     )
