@@ -162,6 +162,12 @@ class FastResNet(nn.Module):
             return F.adaptive_avg_pool2d(a, 1).flatten(1)
         return a.mean((2, 3), dtype=torch.promote_types(a.dtype, torch.float32))
 
+    def why_not_fused(self) -> str | None:
+        """Why the layers before the last one run one by one, such as ``layer2.0 has a shortcut
+        with parameters``; None if they are one operation for images that want no gradient."""
+        example = torch.empty((1, self.conv1.in_channels, 32, 32), device=self.conv1.weight.device)
+        return self._units(example)[1]
+
     def _units(self, x: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], str | None]:
         """Convolution and normalisation of every unit, and why they cannot run as one operation,
         or None; only if they can is the list whole, and its modules are of these types."""

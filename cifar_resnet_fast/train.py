@@ -30,8 +30,14 @@ from typing import NamedTuple
 import torch
 
 from cifar_resnet_fast import ops
-from cifar_resnet_fast.data.datasets import NAMES, Dataset, find_dataset, load_dataset
+from cifar_resnet_fast.data.datasets import NAMES, Dataset, find_dataset, load_dataset, load_npz
 from cifar_resnet_fast.data.loader import Loader
+from cifar_resnet_fast.data.test_sets import (
+    SEVERITIES,
+    is_test_file,
+    load_test_sets,
+    test_files,
+)
 from cifar_resnet_fast.pretrained import find_weights, read_weights
 from cifar_resnet_fast.processes import Processes, ProcessLostError
 from cifar_resnet_fast.resnet import FastResNet
@@ -42,11 +48,13 @@ from cifar_resnet_fast.training.config import (
     parse_flags,
     with_flag_name,
 )
-from cifar_resnet_fast.training.engine import DTYPES, Evaluator
+from cifar_resnet_fast.training.engine import DTYPES
 from cifar_resnet_fast.training.evaluate import (
     Scores,
+    SetScores,
     draw_confusion,
     predict,
+    table_of,
     write_predictions,
 )
 from cifar_resnet_fast.training.folder import hold, is_free
@@ -437,13 +445,14 @@ def _verify_kernels(config: TrainConfig, processes: Processes) -> None:
     if config.no_selfcheck or processes.device.type != "cuda":
         return
     # only where it is used: on a GPU
-    from cifar_resnet_fast.verification.first_run import RUN_OPERATIONS, verify_run
+    from cifar_resnet_fast.verification.first_run import operations_of_run, verify_run
 
     plain = config.sync_bn and processes.count > 1
     implementation = "reference" if plain else config.implementation
+    network = "trunk" if config.shortcut == "A" else "conv_bn_relu"
     with processes.first_here_first():
-        own = verify_run(implementation, _dtype(config), processes.device)
-    for operation in RUN_OPERATIONS:
+        own = verify_run(implementation, _dtype(config), processes.device, network)
+    for operation in operations_of_run(network):
         for name in ops.OPERATIONS[operation][:-1]:
             failed = (operation, name) in own
             if processes.any(failed) and not failed:
@@ -588,32 +597,38 @@ def _evaluate(checkpoint: str, config: TrainConfig, given: dict) -> int:
         raise ValueError(
             f"depth must be left out or be the checkpoint's {weights.depth}, got {config.depth}"
         )
+    network = {name: value for name, value in weights.network.items() if name != "num_classes"}
     name = config.dataset
     if name == "auto":
         name = card.get("dataset") or "cifar10"  # a published checkpoint has none
     for other in given.keys() - _WITH_EVAL:
         raise ValueError(f"{other} must be left out with {flag_of('eval')}, got {given[other]}")
-    own = not {"mean", "normalization"} & given.keys() and "mean" in card
-    # the statistics are those of all training images, whatever --limit says
-    needs_all = not own and config.mean is None and config.normalization == "dataset"
-    dataset = load_dataset(str(name), config.data_root, None if needs_all else config.limit)
-    if len(dataset.classes) != weights.num_classes:
-        raise ValueError(
-            f"dataset must have the checkpoint's {weights.num_classes} classes, "
-            f"{dataset.name} has {len(dataset.classes)}"
-        )
-    if (config.mean is None) != (config.std is None):
-        missing = "std" if config.std is None else "mean"
-        raise ValueError(f"{missing} must be given, as the other one of mean and std is")
-    if config.mean is not None and config.std is not None:
-        mean, std = _from_flag("mean", config.mean), _from_flag("std", config.std)
-    elif own:
-        mean, std = (_three_numbers(card, key, checkpoint) for key in ("mean", "std"))
-    elif config.normalization == "imagenet":
-        mean, std = IMAGENET_STATISTICS
-    else:
-        mean, std = dataset.channel_statistics()
-    if config.limit is not None:
+    config = replace(config, **network)
+    folder = Path(str(name))
+    several = name not in NAMES and bool(test_files(folder))
+    for other in ("predictions", "confusion") if several else ():
+        if other in given:
+            raise ValueError(
+                f"{other} must be left out with a folder of test sets, got {given[other]}"
+            )
+    names = card.get("class_names")
+    if not isinstance(names, list) or len(names) != weights.num_classes:
+        names = range(weights.num_classes)
+    classes, alone = tuple(map(str, names)), several or is_test_file(folder)
+    statistics = _statistics(checkpoint, config, given, card)
+    if statistics is None:
+        if alone:
+            raise ValueError(
+                f"mean must be given with {flag_of('std')}, as {name} has no training images and "
+                f"{checkpoint} does not say what its images were normalised with"
+            )
+        dataset = load_dataset(str(name), config.data_root)
+        statistics = dataset.channel_statistics()  # of all images, whatever --limit says
+    elif alone and not several:
+        dataset = load_npz(folder, ("test",), classes)
+    elif not several:
+        dataset = load_dataset(str(name), config.data_root, config.limit)
+    if config.limit is not None and not several:
         dataset = dataset.limited(config.limit)
     processes = Processes(_device_name(config))
     if processes.count > 1:
@@ -621,34 +636,46 @@ def _evaluate(checkpoint: str, config: TrainConfig, given: dict) -> int:
     device = processes.device
     _verify_kernels(config, processes)
     model = FastResNet.from_pretrained(checkpoint, config.implementation)
+    model.to(device).to(memory_format=torch.channels_last)
     dtype = DTYPES[_dtype(config)]
-    loader = Loader(
-        dataset.x_test,
-        dataset.y_test,
-        mean,
-        std,
-        batch_size=min(config.batch_size, len(dataset.x_test)),
-        device=device,
-        dtype=dtype,
-        augmented=False,
-    )
-    evaluator = Evaluator(
-        model,
-        loader,
-        device=device,
-        dtype=dtype,
-        processes=processes,
-        mirrored=config.tta == "flip",
-    )
-    evaluator.start()
-    loss, accuracy, *mirrored = evaluator.result()
-    flip = f" ({100 * mirrored[0]:.2f} % with mirror images)" if mirrored else ""
-    print(
-        f"ResNet-{model.depth} on {dataset.name}: test accuracy {100 * accuracy:.2f} %{flip}, "
-        f"loss {loss:.4f}, {len(dataset.x_test)} pictures; {checkpoint}"
-    )
-    logits, labels = predict(model, loader, device=device, dtype=dtype)
+    mean, std = statistics
+
+    def predicted(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        if len(dataset.classes) != weights.num_classes:
+            raise ValueError(
+                f"dataset must have the checkpoint's {weights.num_classes} classes, "
+                f"{dataset.name} has {len(dataset.classes)}"
+            )
+        loader = Loader(
+            dataset.x_test,
+            dataset.y_test,
+            mean,
+            std,
+            batch_size=min(config.batch_size, len(dataset.x_test)),
+            device=device,
+            dtype=dtype,
+            augmented=False,
+        )
+        return predict(model, loader, device=device, dtype=dtype, mirrored=config.tta == "flip")
+
+    if several:
+        print(
+            f"ResNet-{model.depth} on the test sets in {folder}, in % (ECE: expected calibration "
+            f"error; 1 to {SEVERITIES}: top-1 by severity); {checkpoint}"
+        )
+        sets = load_test_sets(folder, classes, config.limit)
+        for line in table_of(SetScores.of(s.name, *predicted(s), parts) for s, parts in sets):
+            print(line)
+        return 0
+    logits, labels, both = predicted(dataset)
     scores = Scores.of(logits, labels)
+    flip = ""
+    if both is not None:
+        flip = f" ({100 * Scores.of(both, labels).top1:.2f} % with mirror images)"
+    print(
+        f"ResNet-{model.depth} on {dataset.name}: test accuracy {100 * scores.top1:.2f} %{flip}, "
+        f"loss {scores.loss:.4f}, {len(labels)} pictures; {checkpoint}"
+    )
     print(
         f"top-5 accuracy {100 * scores.top5:.2f} %, "
         f"expected calibration error {100 * scores.calibration_error:.2f} %"
@@ -658,9 +685,25 @@ def _evaluate(checkpoint: str, config: TrainConfig, given: dict) -> int:
     if config.predictions is not None:
         write_predictions(Path(config.predictions), logits, labels, dataset.classes)
     if config.confusion is not None:
-        title = f"ResNet-{model.depth} on {dataset.name}, {100 * accuracy:.2f} %"
+        title = f"ResNet-{model.depth} on {dataset.name}, {100 * scores.top1:.2f} %"
         draw_confusion(Path(config.confusion), scores.confusion, dataset.classes, title)
     return 0
+
+
+def _statistics(
+    checkpoint: str, config: TrainConfig, given: dict, card: dict
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Mean and standard deviation that images are normalised with: of the flags, or of the
+    checkpoint; None if they are to be those of the training images."""
+    if (config.mean is None) != (config.std is None):
+        missing = "std" if config.std is None else "mean"
+        raise ValueError(f"{missing} must be given, as the other one of mean and std is")
+    if config.mean is not None and config.std is not None:
+        return _from_flag("mean", config.mean), _from_flag("std", config.std)
+    if "normalization" not in given and "mean" in card:
+        mean, std = (_three_numbers(card, key, checkpoint) for key in ("mean", "std"))
+        return mean, std
+    return IMAGENET_STATISTICS if config.normalization == "imagenet" else None
 
 
 def _from_flag(name: str, text: str) -> torch.Tensor:

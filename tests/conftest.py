@@ -71,13 +71,19 @@ def kernels_run(device, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def cifar10(tmp_path_factory) -> Path:
-    """A .npz file with the first pictures of the real CIFAR-10, where its sheets are at hand."""
-    unpack = Path(__file__).parents[2] / "shared" / "data" / "unpack_cifar10.py"
-    if not unpack.exists():
-        pytest.skip(f"the real CIFAR-10 is not here: no {unpack}")
+def unpack_cifar10() -> Path:
+    """The script that unpacks the real CIFAR-10, where its sheets are at hand."""
+    script = Path(__file__).parents[2] / "shared" / "data" / "unpack_cifar10.py"
+    if not script.exists():
+        pytest.skip(f"the real CIFAR-10 is not here: no {script}")
+    return script
+
+
+@pytest.fixture(scope="session")
+def cifar10(unpack_cifar10, tmp_path_factory) -> Path:
+    """A .npz file with the first images of the real CIFAR-10."""
     path = tmp_path_factory.mktemp("cifar10") / "cifar10.npz"
-    subprocess.run([sys.executable, unpack, path, "--limit", "5000"], check=True)
+    subprocess.run([sys.executable, unpack_cifar10, path, "--limit", "5000"], check=True)
     return path
 
 

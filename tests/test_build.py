@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,21 @@ def test_libraries_of_an_earlier_build_are_not_kept(checkout):
     stale.touch()
     assert build(checkout, *DRY, CIFAR_RESNET_FAST_BUILD="none").returncode == 0
     assert not stale.exists()
+
+
+def test_trained_networks_are_in_what_is_installed_and_in_the_archive(checkout):
+    names = {"resnet8-shapes.safetensors", "resnet8-shapes.json"}
+    for name in names:
+        (checkout / "cifar_resnet_fast" / "weights" / name).write_text("{}")
+    assert build(checkout, "build_py", "--build-lib", "built").returncode == 0
+    built = checkout / "built" / "cifar_resnet_fast" / "weights"
+    assert names <= {path.name for path in built.iterdir()}
+    done = build(checkout, "sdist", "--formats", "gztar")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (checkout / "dist").iterdir()
+    with tarfile.open(archive) as file:
+        inside = {Path(path).name for path in file.getnames() if "/weights/" in path}
+    assert names <= inside
 
 
 def test_the_package_works_without_the_libraries(checkout):

@@ -213,6 +213,11 @@ def test_a_planted_kernel_is_not_run(monkeypatch):
     )
 
 
+def test_layers_that_run_one_by_one_are_checked_as_such(checked):
+    assert verify_run("auto", "fp16", GPU, "conv_bn_relu", say=lambda line: None) == []
+    assert checked.names == ["conv_bn_relu, triton, fp16, quick", *ALL[1:]]
+
+
 # --- train and info -----------------------------------------------------------------------------
 
 
@@ -230,8 +235,9 @@ class Others:
 @pytest.mark.parametrize(
     ("given", "asked"),
     [
-        ({}, [("auto", "fp16", GPU)]),
-        ({"implementation": "triton", "dtype": "bf16"}, [("triton", "bf16", GPU)]),
+        ({}, [("auto", "fp16", GPU, "trunk")]),
+        ({"shortcut": "B"}, [("auto", "fp16", GPU, "conv_bn_relu")]),
+        ({"implementation": "triton", "dtype": "bf16"}, [("triton", "bf16", GPU, "trunk")]),
         ({"no_selfcheck": True}, []),
     ],
 )

@@ -58,6 +58,7 @@ FLOORS = {
     "checkpoint": 1,
     "pretrained": 1.1,
     "data.shapes": 2,
+    "data.test_sets": 2.5,
     "modules": 2,
     "resnet": 2.1,
     "data.datasets": 2.1,

@@ -20,6 +20,7 @@ from torch import nn
 
 import cifar_resnet_fast
 from cifar_resnet_fast import FastResNet, load_checkpoint, models, pretrained
+from cifar_resnet_fast.data.datasets import NAMES
 from cifar_resnet_fast.pretrained import read_weights
 from cifar_resnet_fast.verification.budget import assert_within_budget
 
@@ -288,6 +289,7 @@ def test_every_network_of_the_package_has_a_whole_card(name):
     card = FastResNet.from_pretrained(name).card
     known = {"mean", "std", "class_names", "dataset", "accuracy", "training"}
     assert known | {*pretrained.NETWORK} <= card.keys()
+    assert card["dataset"] in NAMES  # --eval finds it on any machine
 
 
 def test_damaged_card(tmp_path, trained):

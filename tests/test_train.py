@@ -442,6 +442,8 @@ def test_config_of_before_there_were_recipes_loads(finished):
     new = "recipe schedule final_lr flip ema_start zero_init_last evaluate_every tta mixup cutmix "
     new = [
         *new.split(),
+        "shortcut",
+        "width",
         "unmixed_epochs",
         "crop_padding",
         "padding_mode",
@@ -455,6 +457,34 @@ def test_config_of_before_there_were_recipes_loads(finished):
     for name in new:
         del values[name]
     assert TrainConfig.from_dict(values) == known
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        pytest.param("--shortcut B", {"shortcut": "B", "width": 1}, id="option-b"),
+        pytest.param("--width 2", {"shortcut": "A", "width": 2}, id="width-2"),
+    ],
+)
+def test_other_networks_of_the_family(flags, settings, tmp_path, capsys):
+    """Trained, resumed bitwise and evaluated."""
+    # two runs of one epoch and two more, as one of three
+    whole = run(*flags.split(), out=tmp_path / "whole")
+    says = "layers run one by one, not as one operation: layer2.0 has a shortcut with parameters"
+    assert (says in capsys.readouterr().out) == (settings["shortcut"] == "B")
+    part = run(*flags.split(), "--epochs", "2", "--milestones", "2", out=tmp_path / "part")
+    assert main(["--resume", str(part), "--epochs", "3", "--device", "cpu"]) == 0
+    expected = tensors(checkpoint(whole)["engine"])
+    got = tensors(checkpoint(part)["engine"])
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+    config = json.loads((whole / "config.json").read_text())
+    assert {name: config[name] for name in settings} == settings
+    model = FastResNet.from_pretrained(whole)
+    assert {name: getattr(model, name) for name in settings} == settings
+    capsys.readouterr()
+    assert main(["--eval", str(whole), "--limit", "64", "--device", "cpu"]) == 0
+    accuracy = 100 * metrics(whole)[-1]["test_accuracy"]
+    assert f"test accuracy {accuracy:.2f} %" in capsys.readouterr().out
 
 
 def test_config_of_another_run_is_taken_and_changed(finished, tmp_path, capsys):
@@ -555,6 +585,11 @@ def bad_input(arguments, capsys):
     ("arguments", "message"),
     [
         ("--depth 21", "--depth must be 6n + 2 and at least 8"),
+        ("--shortcut C", "--shortcut: invalid choice: 'C'"),
+        ("--shortcut B --implementation cuda", "--shortcut must be A with implementation cuda"),
+        ("--width 0", "--width must be at least 1, got 0"),
+        ("--width 101", "--width must be at most 100, got 101"),
+        ("--width 2 --implementation cuda", "--width must be 1 with implementation cuda, got 2"),
         ("--depth twenty", "--depth: invalid int value: 'twenty'"),
         ("--dataset cifar11", "--dataset must be one of auto, cifar10"),
         ("--dataset none.npz", "--dataset none.npz must be a file"),

@@ -32,7 +32,6 @@ _MOST_CLASSES = 10_000  # that labels alone can stand for
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # what becomes RGB as it is seen; 16-bit and float pixels would be clipped to white or black
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "La", "RGBa", "CMYK", "YCbCr", "HSV")
-_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 class DataUnavailableError(OSError):
@@ -122,7 +121,7 @@ def load_dataset(name: str, root: str | Path, limit: int | None = None) -> Datas
     elif name in ("cifar10", "cifar100"):
         dataset = _load_cifar(name, Path(root))
     elif name.endswith(".npz"):
-        dataset = _load_npz(Path(name))
+        dataset = load_npz(Path(name))
     elif Path(name).is_dir():
         dataset = _load_folder(Path(name))
     else:
@@ -267,46 +266,63 @@ def _load_shapes(limit: int | None) -> Dataset:
     return Dataset("shapes", *arrays, classes=shapes.CLASSES)
 
 
-def _load_npz(path: Path) -> Dataset:
-    """A .npz file with x_train, y_train, x_test, y_test, and perhaps classes (names)."""
+def load_npz(
+    path: Path,
+    splits: tuple[str, ...] = ("train", "test"),
+    classes: tuple[str, ...] | None = None,
+) -> Dataset:
+    """A .npz file with x and y of the splits, and perhaps classes (names).
+
+    Args:
+        splits: that the file must have; what it has of others is left alone and comes back empty
+        classes: names of the classes if the file has none; by default numbers
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_dataset``
+    """
     if not path.is_file():
         raise FileNotFoundError(f"dataset {path} must be a file, found none there")
+    wanted = [f"{letter}_{split}" for split in splits for letter in "xy"]
     try:
-        headers = _npz_headers(path)
-        _check_headers(headers)
+        headers = _npz_headers(path, wanted)
+        _check_headers(headers, splits)
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[f"{key}.npy"] for key in headers}
     except Exception as error:  # a damaged file can make the readers stumble over anything
         reason = first_line(error) if str(error) else "the file is truncated"
         raise ValueError(f"dataset {path}: {reason}") from None
     # [N, 1], as Keras has them, are as good as [N]
-    labels = {key: arrays[key].reshape(-1) for key in ("y_train", "y_test")}
-    names = arrays.get("classes")
+    labels = {key: arrays[key].reshape(-1) for key in wanted if key.startswith("y_")}
+    names = arrays.get("classes", classes)
     if names is None:
-        names = range(min(max(int(labels["y_train"].max()) + 1, 2), _MOST_CLASSES))
+        first = labels[f"y_{splits[0]}"]
+        names = range(min(max(int(first.max()) + 1, 2), _MOST_CLASSES))
+    tensors = {
+        "x_train": torch.empty((0, *SHAPE), dtype=torch.uint8),
+        "y_train": torch.empty(0, dtype=torch.int64),
+    }
     for key, values in labels.items():
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= len(names):
             raise ValueError(
                 f"dataset {path}: {key} must be in 0 .. {len(names) - 1}, got {low} .. {high}"
             )
-        labels[key] = torch.from_numpy(values.astype(np.int64))
+        tensors[key] = torch.from_numpy(values.astype(np.int64))
     if getattr(names, "dtype", np.dtype("U")).kind == "S":
         names = [name.decode(errors="replace") for name in names]
-    pictures = [
-        torch.from_numpy(np.ascontiguousarray(arrays[f"x_{s}"])) for s in ("train", "test")
-    ]
-    return Dataset(
-        path.stem,
-        pictures[0],
-        labels["y_train"],
-        pictures[1],
-        labels["y_test"],
-        tuple(map(str, names)),
-    )
+    for split in splits:
+        images = np.ascontiguousarray(arrays[f"x_{split}"])
+        tensors[f"x_{split}"] = torch.from_numpy(images)
+    return Dataset(path.stem, **tensors, classes=tuple(map(str, names)))
 
 
-def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def npz_arrays(path: Path) -> set[str]:
+    """The names of the arrays in a .npz file."""
+    with zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def _npz_headers(path: Path, wanted: list[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of the arrays we want in a .npz file, without reading their data."""
     headers = {}
     with zipfile.ZipFile(path) as archive:
@@ -314,7 +330,7 @@ def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         twins = sorted(name for name in present if f"{name}.npy" in present)
         if twins:
             raise ValueError(f"must hold each array once, got {twins[0]} and {twins[0]}.npy")
-        for key in (*_ARRAYS, "classes"):
+        for key in (*wanted, "classes"):
             if f"{key}.npy" not in present:
                 continue
             with archive.open(f"{key}.npy") as file:
@@ -334,12 +350,15 @@ def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return headers
 
 
-def _check_headers(headers: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+def _check_headers(
+    headers: dict[str, tuple[tuple[int, ...], np.dtype]], splits: tuple[str, ...]
+) -> None:
     """The rules for shapes, dtypes and memory, before data is read; ValueError if broken."""
-    for key in _ARRAYS:
+    wanted = [f"{letter}_{split}" for split in splits for letter in "xy"]
+    for key in wanted:
         if key not in headers:
-            raise ValueError(f"must hold {', '.join(_ARRAYS)}; {key} is missing")
-    for split in ("train", "test"):
+            raise ValueError(f"must hold {', '.join(wanted)}; {key} is missing")
+    for split in splits:
         shape, dtype = headers[f"x_{split}"]
         if shape[1:] != SHAPE or dtype != np.uint8 or shape[0] == 0:
             raise ValueError(f"x_{split} must be [N, 32, 32, 3] uint8, got {list(shape)} {dtype}")

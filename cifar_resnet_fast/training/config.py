@@ -16,7 +16,7 @@ from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.datasets import NAMES
 from cifar_resnet_fast.data.loader import CROP_PADDING, FLIPS, PADDING_MODES
 from cifar_resnet_fast.errors import first_line
-from cifar_resnet_fast.resnet import check_depth
+from cifar_resnet_fast.resnet import SHORTCUTS, check_depth
 from cifar_resnet_fast.training.recipes import RECIPES, settings_of
 from cifar_resnet_fast.training.schedules import SCHEDULES
 
@@ -28,6 +28,7 @@ def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> An
 # far beyond what anybody trains with, and short of what memory, clocks and float32 bear
 _MOST = {
     "depth": 12_002,
+    "width": 100,
     "epochs": 1_000_000,
     "cutout": 32,
     "weight_decay": 1e6,
@@ -47,6 +48,13 @@ class TrainConfig:
     """
 
     depth: int = _flag(20, "6n + 2 layers; the paper's are 20, 32, 44, 56, 110, 1202")
+    shortcut: str = _flag(
+        "A",
+        "of the two blocks that change the shape: A has no parameters; B is a 1x1 convolution and "
+        "a normalisation, and its layers run one by one",
+        SHORTCUTS,
+    )
+    width: int = _flag(1, "times so many channels as the paper's 16, 32 and 64")
     dataset: str = _flag(
         "auto",
         f"{', '.join(NAMES)}, a .npz file or a folder; auto is cifar10, or shapes (drawn, no "
@@ -188,7 +196,11 @@ class TrainConfig:
         None, "config.json of a run, whose settings the other flags change one by one"
     )
     resume: str | None = _flag(None, "folder of a stopped run to continue with its own settings")
-    eval: str | None = _flag(None, "checkpoint to evaluate on the test set, without training")
+    eval: str | None = _flag(
+        None,
+        "checkpoint to evaluate on the test set, without training; --dataset may be a folder of "
+        "test sets, such as CIFAR-10-C's .npy files",
+    )
     mean: str | None = _flag(
         None, "with --eval: of the channels, such as 0.4914,0.4822,0.4465; with --std"
     )
@@ -212,6 +224,7 @@ class TrainConfig:
                 "a name that is not empty",
             )
         for name, minimum in (
+            ("width", 1),
             ("epochs", 1),
             ("batch_size", 1),
             ("runs", 1),
@@ -245,6 +258,9 @@ class TrainConfig:
             lambda v: not v or self.implementation in ("auto", "reference"),
             f"off with implementation {self.implementation}",
         )
+        if self.implementation == "cuda":
+            self._check("shortcut", lambda v: v == "A", "A with implementation cuda")
+            self._check("width", lambda v: v == 1, "1 with implementation cuda")
         self._check(
             "dtype",
             lambda v: v != "fp32" or self.implementation != "cuda",

@@ -2,8 +2,10 @@
 
 import csv
 import io
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from cifar_resnet_fast.checkpoint import write_atomically
 from cifar_resnet_fast.data.loader import Loader
+from cifar_resnet_fast.data.test_sets import SEVERITIES
 from cifar_resnet_fast.training.logbook import Figure
 
 _CALIBRATION_BINS = 15
@@ -18,8 +21,13 @@ _CALIBRATION_BINS = 15
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, loader: Loader, *, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module,
+    loader: Loader,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    mirrored: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The logits of all images of a loader, in its order.
 
     Args:
@@ -27,10 +35,13 @@ def predict(
         loader: not augmented, on ``device``, of one process
         device: where it runs
         dtype: of the activations
+        mirrored: run each image's mirror image, too
 
     Returns:
         logits: [N, K] float32, on the CPU
         labels: [N] int64, on the CPU
+        both: [N, K] float32, on the CPU. the mean of the logits of each image and of its mirror
+            image; None if not ``mirrored``
     """
     model.eval()
     made, steps = [], torch.zeros((), dtype=torch.int64, device=device)
@@ -38,18 +49,20 @@ def predict(
         loader.prepare(step)
         images, labels = loader.batch(steps)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            logits = model(images)
-        made.append((logits.float().cpu(), labels.cpu()))
+            logits = model(images).float()
+            both = (logits + model(images.flip(3)).float()) / 2 if mirrored else logits
+        made.append([part.cpu() for part in (logits, labels, both)])
         steps += 1
-    logits, labels = (torch.cat(parts) for parts in zip(*made, strict=True))
+    logits, labels, both = (torch.cat(parts) for parts in zip(*made, strict=True))
     present = labels >= 0  # the last batch is filled up with black images
-    return logits[present], labels[present]
+    return logits[present], labels[present], both[present] if mirrored else None
 
 
 @dataclass(frozen=True)
 class Scores:
     """Of predictions on a test set; shares are 0 .. 1.
 
+    loss: mean cross entropy
     top1, top5: share of the images whose label is the first, or among the first five
     calibration_error: expected, over 15 bins of confidence
     confusion: [K, K] int64. images of class i that were taken for class j
@@ -57,6 +70,7 @@ class Scores:
     Source: Guo et al. 2017, equation 3 (calibration error).
     """
 
+    loss: float
     top1: float
     top5: float
     calibration_error: float
@@ -73,6 +87,7 @@ class Scores:
         gap.index_add_(0, bins, confidence - (predicted == labels).double())
         confusion = torch.bincount(labels * K + predicted, minlength=K * K).reshape(K, K)
         return cls(
+            F.cross_entropy(logits.double(), labels).item(),
             right[:, 0].double().mean().item(),
             right.any(1).double().mean().item(),
             gap.abs().sum().item() / len(labels),
@@ -85,6 +100,57 @@ class Scores:
             self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist(), strict=True
         )
         return [right / count if count else None for right, count in pairs]
+
+
+class SetScores(NamedTuple):
+    """Of one test set among others; shares are 0 .. 1.
+
+    mirrored: ``top1`` of the mean over each image and its mirror image; None if that was not run
+    by_severity: ``top1`` of each severity; empty if there are none
+    """
+
+    name: str
+    images: int
+    scores: Scores
+    mirrored: float | None
+    by_severity: list[float]
+
+    @classmethod
+    def of(
+        cls, name: str, logits: Tensor, labels: Tensor, both: Tensor | None, severities: int
+    ) -> "SetScores":
+        """What ``predict`` gives, of images of so many severities, one after the other."""
+        right = (logits.argmax(1) == labels).double().reshape(severities, -1)
+        return cls(
+            name,
+            len(labels),
+            Scores.of(logits, labels),
+            None if both is None else Scores.of(both, labels).top1,
+            right.mean(1).tolist() if severities > 1 else [],
+        )
+
+
+def table_of(rows: Iterable[SetScores]) -> Iterator[str]:
+    """A line with the heads of the columns, one for each test set, and one with the means."""
+    heads = ["top-1", "top-5", "ECE", "mirror", *map(str, range(1, SEVERITIES + 1))]
+    yield f"{'test set':<24}{'images':>8}" + "".join(f"{head:>8}" for head in heads)
+    columns: list[list[float]] = [[] for _ in heads]
+    count = 0
+    for row in rows:
+        scores = row.scores
+        cells = [scores.top1, scores.top5, scores.calibration_error, row.mirrored]
+        cells += row.by_severity or [None] * SEVERITIES
+        for column, cell in zip(columns, cells, strict=True):
+            column += [] if cell is None else [cell]
+        count += 1
+        yield f"{row.name:<24}{row.images:>8}" + "".join(map(_shown, cells))
+    if count > 1:
+        means = [sum(column) / len(column) if column else None for column in columns]
+        yield f"{'mean':<24}{'':>8}" + "".join(map(_shown, means))
+
+
+def _shown(share: float | None) -> str:
+    return f"{'-' if share is None else f'{100 * share:.2f}':>8}"
 
 
 def write_predictions(

@@ -151,7 +151,12 @@ class Run:
         self.processes = processes
         torch.manual_seed(config.seed)
         model = FastResNet(
-            config.depth, data.num_classes, config.implementation, config.zero_init_last
+            config.depth,
+            data.num_classes,
+            config.implementation,
+            config.zero_init_last,
+            shortcut=config.shortcut,
+            width=config.width,
         )
         if config.sync_bn and processes.count > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -193,6 +198,9 @@ class Run:
         self.seconds = 0.0
         self._saved = -math.inf  # when the last checkpoint was
         self._said: list[str] = []  # what the display shows first
+        reason = model.why_not_fused()
+        if reason is not None:
+            self._said.append(f"layers run one by one, not as one operation: {reason}")
         self.accuracy: float | None = None  # at the end, 0 .. 1; None if nothing was evaluated
         processes.any(False)  # what the first one did in the folder before is done
         if os.path.lexists(folder / _CHECKPOINT):

@@ -14,17 +14,25 @@ from cifar_resnet_fast.verification.checks import Check, quick_checks
 from cifar_resnet_fast.verification.runner import CATALOGUE, run_checks
 from cifar_resnet_fast.verification.verdicts import FAILED, NOT_POSSIBLE, OK, Verdicts
 
-# whose kernels a training launches
-RUN_OPERATIONS = ("trunk", "load_batch", "linear_cross_entropy", "record_step", "sgd")
+# whose kernels a training launches, beside those of the network itself
+_BESIDE_NETWORK = ("load_batch", "linear_cross_entropy", "record_step", "sgd")
 _JOBS = 3
 
 
-def kernels_of_run(implementation: str, dtype: str, device: torch.device) -> dict[str, str]:
-    """The implementation of each operation of ``RUN_OPERATIONS`` that a run takes."""
-    kernels = {name: ops.choose("auto", device, name) for name in RUN_OPERATIONS}
+def operations_of_run(network: str) -> tuple[str, ...]:
+    """Whose kernels a training launches; ``network`` is ``trunk``, or ``conv_bn_relu`` if the
+    layers run one by one."""
+    return (network, *_BESIDE_NETWORK)
+
+
+def kernels_of_run(
+    implementation: str, dtype: str, device: torch.device, network: str = "trunk"
+) -> dict[str, str]:
+    """The implementation of each of ``operations_of_run`` that a run takes."""
+    kernels = {name: ops.choose("auto", device, name) for name in operations_of_run(network)}
     if implementation != "auto":
-        kernels["trunk"] = implementation
-    elif kernels["trunk"] == "cuda" and dtype == "fp32":  # of which it has no kernels
+        kernels[network] = implementation
+    elif kernels.get("trunk") == "cuda" and dtype == "fp32":  # of which it has no kernels
         names = ops.OPERATIONS["trunk"][1:]
         kernels["trunk"] = next(n for n in names if ops.why_not(n, device, "trunk") is None)
     return kernels
@@ -34,6 +42,7 @@ def verify_run(
     implementation: str,
     dtype: str,
     device: torch.device,
+    network: str = "trunk",
     *,
     catalogue: str = CATALOGUE,
     say: Callable[[str], None] = print,
@@ -46,6 +55,7 @@ def verify_run(
         implementation: ``auto`` or the one that the run names
         dtype: ``fp32``, ``bf16`` or ``fp16``, of the activations
         device: where it runs
+        network: as ``operations_of_run`` has it
         catalogue: as ``run_checks`` has it
         say: shows a line
 
@@ -58,7 +68,7 @@ def verify_run(
     verdicts = Verdicts(device)
     failed: list[tuple[str, str]] = []
     while True:
-        kernels = kernels_of_run(implementation, dtype, device)
+        kernels = kernels_of_run(implementation, dtype, device, network)
         wanted = quick_checks(device, kernels, dtype)
         unknown = [check for check in wanted if verdicts.of(check.kernel) is None]
         if unknown:
@@ -69,14 +79,15 @@ def verify_run(
             return failed
         for check, why in bad.items():
             reason = f"check {check.kernel!r} failed: {why}"
-            if check.operation == "trunk" and implementation != "auto":
+            if check.operation == network and implementation != "auto":
                 raise ValueError(
                     f"implementation must be one whose kernels are right here, "
                     f"got {implementation}: {reason}"
                 )
             ops.distrust(check.implementation, check.operation, reason)
             failed.append((check.operation, check.implementation))
-            instead = kernels_of_run(implementation, dtype, device)[check.operation]
+            kernels = kernels_of_run(implementation, dtype, device, network)
+            instead = kernels[check.operation]
             say(f"{check.operation} runs on {instead}, not on {check.implementation}: {reason}")
 
 
