@@ -65,6 +65,7 @@ from cifar_resnet_fast.training.summary import summarize
 _FREE_ON_RESUME = {
     "resume",
     "data_root",
+    "data_url",
     "device",
     "tensorboard",
     "timeout",
@@ -82,6 +83,7 @@ _WITH_EVAL = {
     "eval",
     "dataset",
     "data_root",
+    "data_url",
     "normalization",
     "mean",
     "std",
@@ -401,7 +403,9 @@ def _prepared(
         _verify_kernels(config, processes)
         with processes.first_here_first():
             if dataset is None:
-                dataset = load_dataset(config.dataset, config.data_root, config.limit)
+                dataset = load_dataset(
+                    config.dataset, config.data_root, config.limit, config.data_url
+                )
             elif config.limit is not None:
                 dataset = dataset.limited(config.limit)
         data = RunData(config, dataset, processes)
@@ -468,9 +472,9 @@ def _resolved(config: TrainConfig, given: dict, processes: Processes, named: boo
         _check_free(Path(config.out))
     if not named:
         return _with_precision(config)
-    dataset, reason = find_dataset(config.dataset, config.data_root)
+    dataset, reason = find_dataset(config.dataset, config.data_root, config.data_url)
     if reason is not None:
-        print(f"CIFAR-10 could not be had, training on drawn shapes instead: {reason}")
+        print(f"Training on drawn shapes in place of CIFAR-10: {reason}")
     if dataset not in NAMES and Path(dataset).exists():
         dataset = str(Path(dataset).absolute())  # so that a resume finds it from any folder
     root = str(Path(config.data_root).absolute())
@@ -596,7 +600,8 @@ def _evaluate(checkpoint: str, config: TrainConfig, given: dict) -> int:
     own = not {"mean", "normalization"} & given.keys() and "mean" in card
     # the statistics are those of all training images, whatever --limit says
     needs_all = not own and config.mean is None and config.normalization == "dataset"
-    dataset = load_dataset(str(name), config.data_root, None if needs_all else config.limit)
+    limit = None if needs_all else config.limit
+    dataset = load_dataset(str(name), config.data_root, limit, config.data_url)
     if len(dataset.classes) != weights.num_classes:
         raise ValueError(
             f"dataset must have the checkpoint's {weights.num_classes} classes, "

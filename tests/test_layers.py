@@ -58,6 +58,8 @@ FLOORS = {
     "checkpoint": 1,
     "pretrained": 1.1,
     "data.shapes": 2,
+    "data.sources": 2,
+    "data.known": 2.05,
     "modules": 2,
     "resnet": 2.1,
     "data.datasets": 2.1,
