@@ -3,10 +3,12 @@
 import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
 import pickletools
 import re
+import shutil
 import struct
 import tarfile
 import warnings
@@ -18,6 +20,7 @@ import pytest
 from cifar_resnet_fast.data import known, sources
 from cifar_resnet_fast.data.known import KNOWN, ensure_known, load_known
 from cifar_resnet_fast.data.sources import DataUnavailableError
+from cifar_resnet_fast.train import main
 
 RNG = np.random.default_rng(0)
 
@@ -280,3 +283,22 @@ def test_the_ways_out_are_named(tmp_path, monkeypatch):
 def test_a_url_of_several_files_is_a_folder(tmp_path):
     with pytest.raises(ValueError, match=r"data_url must end with / for svhn, which is several"):
         ensure_known("svhn", tmp_path, "http://127.0.0.1/train_32x32.mat")
+
+
+def test_a_run_downloads_from_the_address_of_its_flag(tmp_path, monkeypatch):
+    archive, unpacked, _ = cifar(tmp_path / "made", "cifar10", "abcdefghij")
+    url = put(monkeypatch, "cifar10", tmp_path / "server", archive, unpacked)
+    root, out = tmp_path / "data", tmp_path / "run"
+    shared = f"--data-root {root} --data-url {url}cifar-10-python.tar.gz --device cpu"
+    begin = f"--depth 8 --batch-size 10 --lr 0.01 --milestones 1 --warmup-epochs 0 --out {out}"
+    for arguments in (
+        f"{begin} --epochs 1",  # --dataset auto
+        f"--resume {out} --epochs 2",
+        f"--eval {out}/checkpoint.pt",
+    ):
+        shutil.rmtree(root, ignore_errors=True)
+        assert main([*arguments.split(), *shared.split()]) == 0
+        assert (root / "cifar-10-batches-py/test_batch").is_file()
+    begun = json.loads((out / "config.json").read_text())
+    assert begun["dataset"] == "cifar10"
+    assert "data_url" not in begun
