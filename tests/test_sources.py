@@ -190,6 +190,7 @@ def test_a_source_that_does_not_give_the_file(tmp_path, serve, how, why):
         assert str(error.value).startswith(f"{bad.host}: {why}")
         assert "\n" not in str(error.value)
         assert not (tmp_path / "file.bin").exists()
+        assert all(path.stat().st_size for path in tmp_path.iterdir())
         fetch(remote(bad, serve(speed=4_000_000)), tmp_path)
     assert_whole(tmp_path)
 
@@ -221,6 +222,19 @@ def test_patience(tmp_path, serve):
         fetch(remote(slow), tmp_path, patience=10)
     assert time.monotonic() - began < 5
     assert 0 < (tmp_path / "file.bin.part").stat().st_size < 1_000_000
+
+
+def test_patience_ends_where_the_source_grows_slower(tmp_path, serve, monkeypatch):
+    """It is fast enough while it is tried, and gives a fifth of that then."""
+    slow, slower = serve(speed=800_000), serve(speed=160_000)
+    received = sources._receive
+
+    def receive(url, file, out, slowest, bar):
+        received(slower.url if slowest < 1e6 else url, file, out, slowest, bar)
+
+    monkeypatch.setattr(sources, "_receive", receive)
+    with pytest.raises(DataUnavailableError, match=r"0.1. MB/s$"):
+        fetch(remote(slow), tmp_path, patience=5)
 
 
 def test_cut_off_again_and_again(tmp_path, serve):
@@ -256,8 +270,9 @@ def test_a_source_that_answers_late_is_kept_for_the_end(tmp_path, serve):
 
 def test_a_trickle_is_left_even_if_there_is_nothing_else(tmp_path, serve):
     trickle = serve(speed=2_000)
+    why = r": 0.00 MB/s, it would take \d\d minutes$"
     for url in (None, trickle.url):
-        with pytest.raises(DataUnavailableError, match=r": 0.00 MB/s$"):
+        with pytest.raises(DataUnavailableError, match=why):
             fetch(remote(trickle), tmp_path, url)
 
 

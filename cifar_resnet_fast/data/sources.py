@@ -84,8 +84,8 @@ def fetch(
 
     Args:
         url: the only source to take, in place of the known ones
-        patience: seconds; if all sources are slow, and the fastest would take longer, none is
-            taken. None: wait for it
+        patience: seconds; if all sources are slow, one that would take longer is not taken.
+            None: wait for it
 
     Returns:
         where it is
@@ -117,7 +117,12 @@ def fetch(
                 f"{file.name} needs {needed / 1e6:.0f} MB in {folder}, "
                 f"{free / 1e6:.0f} MB are free"
             )
-        _fetch_from_any(file, out, url, patience)
+        try:
+            _fetch_from_any(file, out, url, patience)
+        except DataUnavailableError:
+            if out.tell() == 0:
+                part.unlink()
+            raise
         os.replace(part, path)
     return path
 
@@ -165,15 +170,14 @@ def _fetch_from_any(file: RemoteFile, out, url: str | None, patience: float | No
             whys[source] = str(reason)
         except _SourceFailed as reason:
             whys[source] = str(reason)
+    left = file.size - out.tell()
+    least = _TRICKLE if patience is None else max(_TRICKLE, left / patience)
     for source in sorted(slow, key=slow.get, reverse=True):
-        if slow[source] < _TRICKLE:
-            break
-        seconds = (file.size - out.tell()) / slow[source]
-        if patience is not None and seconds > patience:
-            whys[source] += f", it would take {seconds / 60:.0f} minutes"
+        if slow[source] < least:
+            whys[source] += f", it would take {left / slow[source] / 60:.0f} minutes"
             continue
         try:
-            return _fetch_from(source, file, out, _TRICKLE)
+            return _fetch_from(source, file, out, least)
         except _SourceFailed as reason:
             whys[source] = str(reason)
     raise DataUnavailableError("; ".join(f"{_host(name)}: {why}" for name, why in whys.items()))
