@@ -168,10 +168,12 @@ def _load_known(name: str, root: Path, url: str | None) -> Dataset:
 
 
 def _load_shapes(limit: int | None) -> Dataset:
-    arrays = []
-    for split, size in shapes.SIZES.items():
-        arrays += map(torch.from_numpy, shapes.draw(split, min(size, limit or size)))
-    return Dataset("shapes", *arrays, classes=shapes.CLASSES)
+    def split(name: str) -> tuple[Tensor, Tensor]:
+        size = shapes.SIZES[name]
+        images, labels = shapes.draw(name, min(size, limit or size))
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+    return Dataset("shapes", *split("train"), *split("test"), shapes.CLASSES)
 
 
 def _load_npz(path: Path) -> Dataset:
@@ -188,29 +190,24 @@ def _load_npz(path: Path) -> Dataset:
         raise ValueError(f"dataset {path}: {reason}") from None
     # [N, 1], as Keras has them, are as good as [N]
     labels = {key: arrays[key].reshape(-1) for key in ("y_train", "y_test")}
-    names = arrays.get("classes")
-    if names is None:
-        names = range(min(max(int(labels["y_train"].max()) + 1, 2), _MOST_CLASSES))
+    if "classes" in arrays:
+        given = arrays["classes"].tolist()
+        names = [n.decode(errors="replace") if isinstance(n, bytes) else n for n in given]
+    else:
+        count = min(max(int(labels["y_train"].max()) + 1, 2), _MOST_CLASSES)
+        names = [str(label) for label in range(count)]
     for key, values in labels.items():
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= len(names):
             raise ValueError(
                 f"dataset {path}: {key} must be in 0 .. {len(names) - 1}, got {low} .. {high}"
             )
-        labels[key] = torch.from_numpy(values.astype(np.int64))
-    if getattr(names, "dtype", np.dtype("U")).kind == "S":
-        names = [name.decode(errors="replace") for name in names]
-    pictures = [
-        torch.from_numpy(np.ascontiguousarray(arrays[f"x_{s}"])) for s in ("train", "test")
-    ]
-    return Dataset(
-        path.stem,
-        pictures[0],
-        labels["y_train"],
-        pictures[1],
-        labels["y_test"],
-        tuple(map(str, names)),
-    )
+
+    def split(name: str) -> tuple[Tensor, Tensor]:
+        images = torch.from_numpy(np.ascontiguousarray(arrays[f"x_{name}"]))
+        return images, torch.from_numpy(labels[f"y_{name}"].astype(np.int64))
+
+    return Dataset(path.stem, *split("train"), *split("test"), tuple(names))
 
 
 def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -276,10 +273,11 @@ def _load_folder(path: Path) -> Dataset:
         )
     if len(classes) < 2:
         raise ValueError(f"dataset {path} must have at least 2 classes, got {len(classes)}")
-    arrays = []
-    for folders in found.values():
-        files, labels = [], []
-        for label, folder in enumerate(folders.values()):
+
+    def split(name: str) -> tuple[Tensor, Tensor]:
+        files: list[Path] = []
+        labels: list[int] = []
+        for label, folder in enumerate(found[name].values()):
             inside = _picture_files(folder)
             if not inside:
                 raise ValueError(
@@ -291,8 +289,9 @@ def _load_folder(path: Path) -> Dataset:
         pictures = np.empty((len(files), *SHAPE), np.uint8)
         for picture, file in zip(pictures, files, strict=True):
             picture[:] = _read_picture(file)
-        arrays += [torch.from_numpy(pictures), torch.tensor(labels)]
-    return Dataset(path.resolve().name, *arrays, classes=classes)
+        return torch.from_numpy(pictures), torch.tensor(labels)
+
+    return Dataset(path.resolve().name, *split("train"), *split("test"), classes)
 
 
 def _class_folders(path: Path, split: Path) -> dict[str, Path]:

@@ -116,7 +116,9 @@ def _unpack(archive: Path, root: Path, members: dict[str, str]) -> None:
     with tarfile.open(archive) as tar:
         for name in members:
             (root / name).parent.mkdir(exist_ok=True)
-            write_atomically(root / name, tar.extractfile(name).read())
+            member = tar.extractfile(name)
+            assert member is not None  # none of them is a folder: the archive's MD5 sum is right
+            write_atomically(root / name, member.read())
 
 
 # --- CIFAR -------------------------------------------------------------------------------------
@@ -190,15 +192,16 @@ _HUB = "https://huggingface.co/datasets/"
 
 def _fashion_mnist(root: Path) -> Arrays:
     """28x28 grey pixels, with 2 black ones around them, as three equal channels."""
-    folder, arrays = root / "FashionMNIST/raw", []
-    for split in ("train", "t10k"):
-        pixels = _idx(folder / f"{split}-images-idx3-ubyte.gz")
+    folder = root / "FashionMNIST/raw"
+
+    def split(name: str) -> tuple[np.ndarray, np.ndarray]:
+        pixels = _idx(folder / f"{name}-images-idx3-ubyte.gz")
         padded = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
-        arrays += [np.repeat(padded[..., None], 3, axis=3)]
-        arrays += [_idx(folder / f"{split}-labels-idx1-ubyte.gz")]
-    names = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle boot"
-    classes = (*names.split()[:9], "Ankle boot")
-    return (*arrays, classes)
+        labels = _idx(folder / f"{name}-labels-idx1-ubyte.gz")
+        return np.repeat(padded[..., None], 3, axis=3), labels
+
+    names = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag"
+    return *split("train"), *split("t10k"), (*names.split(), "Ankle boot")
 
 
 def _idx(path: Path) -> np.ndarray:
@@ -214,12 +217,13 @@ def _idx(path: Path) -> np.ndarray:
 
 def _svhn(root: Path) -> Arrays:
     """The cropped digits; the files call the digit 0 ten."""
-    arrays = []
-    for split in ("train", "test"):
-        content = dict(_matlab_arrays((root / f"{split}_32x32.mat").read_bytes()))
-        arrays += [np.ascontiguousarray(content["X"].transpose(3, 0, 1, 2))]
-        arrays += [content["y"].reshape(-1) % 10]
-    return (*arrays, tuple(map(str, range(10))))
+
+    def split(name: str) -> tuple[np.ndarray, np.ndarray]:
+        content = dict(_matlab_arrays((root / f"{name}_32x32.mat").read_bytes()))
+        images = np.ascontiguousarray(content["X"].transpose(3, 0, 1, 2))
+        return images, content["y"].reshape(-1) % 10
+
+    return *split("train"), *split("test"), tuple(map(str, range(10)))
 
 
 def _matlab_arrays(data: bytes) -> Iterator[tuple[str, np.ndarray]]:
@@ -236,8 +240,8 @@ def _matlab_arrays(data: bytes) -> Iterator[tuple[str, np.ndarray]]:
         if kind == 15:  # compressed
             inside = zlib.decompress(inside)[8:]
         array = io.BytesIO(inside)
-        _, shape, name, values = (_element(array) for _ in range(4))
-        shape = np.frombuffer(shape, "<i4")
+        _, lengths, name, values = (_element(array) for _ in range(4))
+        shape = np.frombuffer(lengths, "<i4")
         yield name.decode(), np.frombuffer(values, np.uint8).reshape(shape, order="F")
 
 

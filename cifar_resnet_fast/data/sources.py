@@ -172,7 +172,7 @@ def _fetch_from_any(file: RemoteFile, out, url: str | None, patience: float | No
             whys[source] = str(reason)
     left = file.size - out.tell()
     least = _TRICKLE if patience is None else max(_TRICKLE, left / patience)
-    for source in sorted(slow, key=slow.get, reverse=True):
+    for source in sorted(slow, key=lambda name: slow[name], reverse=True):
         if slow[source] < least:
             whys[source] += f", it would take {left / slow[source] / 60:.0f} minutes"
             continue
