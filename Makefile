@@ -73,8 +73,5 @@ lint: $(INSTALLED)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 $(INSTALLED): pyproject.toml setup.py $(CXX_SOURCES)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
-	$(BIN)/python -m pip install --quiet "torch>=2.11" torchvision
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
-	touch $@
+	@PYTHON="$(PYTHON)" tools/install.sh $(VENV)
+	@touch $@

@@ -73,6 +73,7 @@ from cifar_resnet_fast.training.summary import summarize
 _FREE_ON_RESUME = {
     "resume",
     "data_root",
+    "data_url",
     "device",
     "tensorboard",
     "timeout",
@@ -90,6 +91,7 @@ _WITH_EVAL = {
     "eval",
     "dataset",
     "data_root",
+    "data_url",
     "normalization",
     "mean",
     "std",
@@ -409,7 +411,9 @@ def _prepared(
         _verify_kernels(config, processes)
         with processes.first_here_first():
             if dataset is None:
-                dataset = load_dataset(config.dataset, config.data_root, config.limit)
+                dataset = load_dataset(
+                    config.dataset, config.data_root, config.limit, config.data_url
+                )
             elif config.limit is not None:
                 dataset = dataset.limited(config.limit)
         data = RunData(config, dataset, processes)
@@ -477,9 +481,9 @@ def _resolved(config: TrainConfig, given: dict, processes: Processes, named: boo
         _check_free(Path(config.out))
     if not named:
         return _with_precision(config)
-    dataset, reason = find_dataset(config.dataset, config.data_root)
+    dataset, reason = find_dataset(config.dataset, config.data_root, config.data_url)
     if reason is not None:
-        print(f"CIFAR-10 could not be had, training on drawn shapes instead: {reason}")
+        print(f"Training on drawn shapes in place of CIFAR-10: {reason}")
     if dataset not in NAMES and Path(dataset).exists():
         dataset = str(Path(dataset).absolute())  # so that a resume finds it from any folder
     root = str(Path(config.data_root).absolute())
@@ -622,12 +626,12 @@ def _evaluate(checkpoint: str, config: TrainConfig, given: dict) -> int:
                 f"mean must be given with {flag_of('std')}, as {name} has no training images and "
                 f"{checkpoint} does not say what its images were normalised with"
             )
-        dataset = load_dataset(str(name), config.data_root)
+        dataset = load_dataset(str(name), config.data_root, data_url=config.data_url)
         statistics = dataset.channel_statistics()  # of all images, whatever --limit says
     elif alone and not several:
         dataset = load_npz(folder, ("test",), classes)
     elif not several:
-        dataset = load_dataset(str(name), config.data_root, config.limit)
+        dataset = load_dataset(str(name), config.data_root, config.limit, config.data_url)
     if config.limit is not None and not several:
         dataset = dataset.limited(config.limit)
     processes = Processes(_device_name(config))

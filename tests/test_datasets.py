@@ -1,7 +1,9 @@
 """Data sets: the drawn one, files, folders, CIFAR, and what happens when they are wrong."""
 
+import dataclasses
 import hashlib
 import os
+import pickle
 import shutil
 import tarfile
 import time
@@ -12,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_resnet_fast.data import datasets, shapes
+from cifar_resnet_fast.data import datasets, known, shapes, sources
 from cifar_resnet_fast.data.datasets import DataUnavailableError, find_dataset, load_dataset
 
 # --- shapes ------------------------------------------------------------------------------------
@@ -300,13 +302,13 @@ def test_unknown_name():
 @pytest.fixture
 def no_network(monkeypatch):
     """Looking up any name fails at once, as it does without a network."""
-    for name in ("https_proxy", "HTTPS_PROXY", "http_proxy"):
+    for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
 
     def fail(*args, **kwargs):
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr("socket.create_connection", fail)
+    monkeypatch.setattr("socket.getaddrinfo", fail)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -321,24 +323,23 @@ def test_cifar_without_data_names_both_ways_out(tmp_path, name, no_network):
     assert "\n" not in message
 
 
-def test_auto_falls_to_shapes_and_says_why(tmp_path, no_network):
+def test_auto_falls_to_shapes_at_once_and_says_why(tmp_path, no_network):
+    began = time.monotonic()
     name, reason = find_dataset("auto", tmp_path)
+    assert time.monotonic() - began < 2
     assert name == "shapes"
     assert "cannot be downloaded" in reason
     assert find_dataset("shapes", tmp_path) == ("shapes", None)
 
 
-def test_a_silent_network_costs_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "_PROBE_SECONDS", 0.2)
+def test_a_silent_network_costs_seconds(tmp_path, monkeypatch, no_network):
+    monkeypatch.setattr(sources, "_PROBE_SECONDS", 0.2)
 
     def hang(*args, **kwargs):
         time.sleep(2)
         raise OSError("too late")
 
-    monkeypatch.setattr("socket.create_connection", hang)
-    for name in ("https_proxy", "HTTPS_PROXY", "http_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    datasets._cifar_class("cifar10")  # importing torchvision takes its own seconds
+    monkeypatch.setattr("socket.getaddrinfo", hang)
     began = time.monotonic()
     assert "no answer" in find_dataset("auto", tmp_path)[1]
     assert time.monotonic() - began < 1.5
@@ -358,41 +359,55 @@ def test_damaged_cifar_is_not_parsed(tmp_path, no_network):
 
 @pytest.mark.parametrize("archived", [False, True], ids=["unpacked", "archive"])
 def test_cifar_layout(tmp_path, monkeypatch, no_network, archived):
-    """torchvision's files, in miniature, with their MD5 sums written into its table."""
-    import pickle
-
-    from torchvision.datasets import CIFAR10
-
-    folder = tmp_path / CIFAR10.base_folder
+    """The authors' files, in miniature, with their MD5 sums written into the table."""
+    folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     rng = np.random.default_rng(0)
-
-    def write(name, content):
-        data = pickle.dumps(content)
-        (folder / name).write_bytes(data)
-        return name, hashlib.md5(data).hexdigest()
-
-    def batch(name):
+    sums, names = {}, [f"class {n}" for n in range(10)]
+    for member in known.KNOWN["cifar10"].unpacked:
         pixels = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
-        return write(name, {"data": pixels, "labels": [3, 1, 0, 9]})
-
-    monkeypatch.setattr(CIFAR10, "train_list", [batch(f"data_batch_{n}") for n in range(1, 6)])
-    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch")])
-    names = [f"class {n}" for n in range(10)]
-    name, md5 = write("batches.meta", {"label_names": names})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+        content = {"data": pixels, "labels": [3, 1, 0, 9]}
+        if member.endswith("meta"):
+            content = {"label_names": names}
+        (tmp_path / member).write_bytes(pickle.dumps(content))
+        sums[member] = hashlib.md5((tmp_path / member).read_bytes()).hexdigest()
+    (archive,) = known.KNOWN["cifar10"].remote
     if archived:
-        with tarfile.open(tmp_path / CIFAR10.filename, "w:gz") as archive:
-            archive.add(folder, CIFAR10.base_folder)
+        with tarfile.open(tmp_path / archive.name, "w:gz") as tar:
+            tar.add(folder, folder.name)
         shutil.rmtree(folder)
-        packed = (tmp_path / CIFAR10.filename).read_bytes()
-        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(packed).hexdigest())
+        packed = (tmp_path / archive.name).read_bytes()
+        archive = dataclasses.replace(archive, md5=hashlib.md5(packed).hexdigest())
+    small = dataclasses.replace(known.KNOWN["cifar10"], remote=(archive,), unpacked=sums)
+    monkeypatch.setitem(known.KNOWN, "cifar10", small)
     assert find_dataset("auto", tmp_path) == ("cifar10", None)
     dataset = load_dataset("cifar10", tmp_path)
     assert dataset.x_train.shape == (20, 32, 32, 3)
     assert dataset.x_train.dtype == torch.uint8
     assert dataset.y_test.tolist() == [3, 1, 0, 9]
+    assert dataset.y_test.dtype == torch.int64
     assert dataset.classes == tuple(names)
+
+
+def test_auto_does_not_wait_for_a_slow_download(tmp_path, monkeypatch):
+    """It stops at five minutes; a data set that is named, and an address that is, do not."""
+    asked = []
+
+    def ensure(name, root, url=None, patience=None):
+        asked.append((name, url, patience))
+
+    monkeypatch.setattr(datasets, "ensure_known", ensure)
+    assert find_dataset("auto", tmp_path) == ("cifar10", None)
+    assert find_dataset("auto", tmp_path, "http://host/file") == ("cifar10", None)
+    assert find_dataset("cifar10", tmp_path) == ("cifar10", None)
+    assert asked == [("cifar10", None, 300.0)]
+
+
+def test_an_address_needs_a_data_set_that_is_downloaded(tmp_path):
+    with pytest.raises(ValueError, match="data_url must be left out with dataset shapes, which"):
+        load_dataset("shapes", tmp_path, data_url="http://host/file")
+    with pytest.raises(ValueError, match="data_url must begin with http://, https:// or file://"):
+        load_dataset("cifar10", tmp_path, data_url="cifar-10-python.tar.gz")
 
 
 # --- splits and statistics ---------------------------------------------------------------------

@@ -59,6 +59,8 @@ FLOORS = {
     "pretrained": 1.1,
     "data.shapes": 2,
     "data.test_sets": 2.5,
+    "data.sources": 2,
+    "data.known": 2.05,
     "modules": 2,
     "resnet": 2.1,
     "data.datasets": 2.1,
@@ -147,3 +149,16 @@ def test_only_ops_chooses():
             assert imported.split(".")[0] not in below - allowed, (
                 f"{name} may not import {imported}"
             )
+
+
+def test_torchvision_is_not_needed():
+    """Installing it could replace a torch that is there by one of another build."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            assert "torchvision" not in {name.split(".")[0] for name in names}, path

@@ -645,6 +645,12 @@ def bad_input(arguments, capsys):
         ("--out=", "--out must be a name that is not empty"),
         ("--eval=", "--eval must be a name that is not empty"),
         ("--data-root=", "--data-root must be a name that is not empty"),
+        ("--data-url=", "--data-url must be a name that is not empty"),
+        ("--data-url http://host/file", "--data-url must be left out with dataset shapes, which"),
+        (
+            "--dataset cifar10 --data-url cifar.tar.gz",
+            "--data-url must begin with http://, https:// or file://, got 'cifar.tar.gz'",
+        ),
         ("--dataset=", "--dataset must be a name that is not empty"),
     ],
 )
@@ -661,12 +667,10 @@ def test_cuda_without_a_gpu(capsys):
 
 
 def test_cifar10_without_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "cifar_resnet_fast.data.datasets._why_unreachable", lambda *a: "no network"
-    )
+    monkeypatch.setattr("cifar_resnet_fast.data.sources._by_speed", lambda file, whys: [])
     arguments = ["--dataset", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "run"]
     shown = bad_input(arguments, capsys)
-    assert "put cifar-10-python.tar.gz, or cifar-10-batches-py out of it, into" in shown
+    assert "put cifar-10-python.tar.gz, or what is in it, into" in shown
     assert ".npz file or a folder" in shown
 
 

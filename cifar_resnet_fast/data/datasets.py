@@ -1,16 +1,12 @@
-"""Data sets as tensors of bytes: CIFAR, .npz files, folders of pictures, drawn shapes (layer 2).
+"""Data sets as tensors of bytes: known ones, .npz files, folders of images, shapes (layer 2.1).
 
 Every source ends as a ``Dataset`` of [N, 32, 32, 3] uint8 pictures and int64 labels on the CPU.
-Data files are untrusted: nothing in them is executed (but torchvision's CIFAR pickles, whose MD5
-it checks first), and their sizes are checked before memory is taken.
+Data files are untrusted: nothing in them is executed, and their sizes are checked before memory is
+taken.
 """
 
-import contextlib
-import hashlib
 import math
 import os
-import socket
-import threading
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,21 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from cifar_resnet_fast.data import shapes
+from cifar_resnet_fast.data.known import KNOWN, ensure_known, load_known
+from cifar_resnet_fast.data.sources import DataUnavailableError
 from cifar_resnet_fast.errors import first_line
 
 SHAPE = (32, 32, 3)
-NAMES = ("auto", "cifar10", "cifar100", "shapes")
+NAMES = ("auto", *KNOWN, "shapes")
 
-_PROBE_SECONDS = 6.0  # finding out that a server cannot be reached takes at most this long
-_STALL_SECONDS = 30.0  # a download that receives nothing for so long has failed
+_AUTO_SECONDS = 300.0  # what would take longer to download is left, if nobody asked for it
 _MOST_CLASSES = 10_000  # that labels alone can stand for
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # what becomes RGB as it is seen; 16-bit and float pixels would be clipped to white or black
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "La", "RGBa", "CMYK", "YCbCr", "HSV")
-
-
-class DataUnavailableError(OSError):
-    """A known data set is neither on the disk nor to be downloaded; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -101,25 +94,34 @@ class Dataset:
         return (mean / 255).float(), (std / 255).float().clamp_min(1e-3)
 
 
-def load_dataset(name: str, root: str | Path, limit: int | None = None) -> Dataset:
+def load_dataset(
+    name: str, root: str | Path, limit: int | None = None, data_url: str | None = None
+) -> Dataset:
     """Load a data set by name or by path.
 
     Args:
-        name: ``cifar10`` or ``cifar100`` (in ``root``, or downloaded to it); ``shapes`` (drawn);
-            a ``.npz`` file with x_train, y_train, x_test, y_test; or a folder with
-            train/<class>/* and test/<class>/* of 32x32 pictures
+        name: ``cifar10``, ``cifar100``, ``svhn`` or ``fashion_mnist`` (in ``root``, or
+            downloaded to it); ``shapes`` (drawn); a ``.npz`` file with x_train, y_train,
+            x_test, y_test; or a folder with train/<class>/* and test/<class>/* of 32x32 pictures
         root: folder of the downloaded data
         limit: only the first so many pictures of each split; None for all
+        data_url: where a known data set is downloaded from: its file or, ending with /, a folder
+            with its files. None: the sources that are known, by speed
 
     Raises:
         ValueError: unknown name, or a file that breaks a rule; names the file, rule and value
-        DataUnavailableError: CIFAR is neither in ``root`` nor to be downloaded
+        DataUnavailableError: a known data set is neither in ``root`` nor to be downloaded
         OSError: a file cannot be read
     """
+    if data_url is not None and name not in KNOWN:
+        raise ValueError(
+            f"data_url must be left out with dataset {name}, which is not downloaded, "
+            f"got {data_url!r}"
+        )
     if name == "shapes":
         dataset = _load_shapes(limit)
-    elif name in ("cifar10", "cifar100"):
-        dataset = _load_cifar(name, Path(root))
+    elif name in KNOWN:
+        dataset = _load_known(name, Path(root), data_url)
     elif name.endswith(".npz"):
         dataset = load_npz(Path(name))
     elif Path(name).is_dir():
@@ -131,139 +133,46 @@ def load_dataset(name: str, root: str | Path, limit: int | None = None) -> Datas
     return dataset if limit is None else dataset.limited(limit)
 
 
-def find_dataset(name: str, root: str | Path) -> tuple[str, str | None]:
-    """What ``auto`` stands for here: CIFAR-10 where it is or can be had, else shapes.
+def find_dataset(
+    name: str, root: str | Path, data_url: str | None = None
+) -> tuple[str, str | None]:
+    """What ``auto`` stands for here: CIFAR-10 if it is there or can be downloaded, else shapes.
+
+    Args:
+        name, root, data_url: as ``load_dataset`` takes them. With ``data_url`` ``auto`` is
+            CIFAR-10: an address that is given is not passed over
 
     Returns:
         name: as ``load_dataset`` takes it; anything but ``auto`` comes back as it is
-        reason: why it is not CIFAR-10, in one line; None where it is or was not asked for
+        reason: why it is not CIFAR-10, in one line; None if it is or was not asked for
     """
     if name != "auto":
         return name, None
+    if data_url is not None:
+        return "cifar10", None
     try:
-        _ensure_cifar("cifar10", Path(root))
+        ensure_known("cifar10", Path(root), patience=_AUTO_SECONDS)
     except DataUnavailableError as error:
         return "shapes", str(error)
     return "cifar10", None
 
 
-# --- CIFAR ---------------------------------------------------------------------------------
+# --- each source ---------------------------------------------------------------------------
 
 
-def _cifar_class(name: str) -> type:
-    from torchvision import datasets  # takes a second and imports triton: only when needed
-
-    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-
-
-def _ensure_cifar(name: str, root: Path) -> None:
-    """Unpack or download CIFAR into ``root`` unless it is there with the right MD5 sums."""
-    cifar = _cifar_class(name)
-    damaged = _damaged_file(cifar, root)
-    if damaged is None:
-        return
-    if _md5(root / cifar.filename) == cifar.tgz_md5:
-        # torchvision unpacks what it need not download
-        with contextlib.redirect_stdout(None):
-            cifar(root, train=False, download=True)
-        return
-    ways_out = (
-        f"put {cifar.filename}, or {cifar.base_folder} out of it, into {root}, "
-        f"or name a .npz file or a folder as the dataset"
-    )
-    host = cifar.url.split("/")[2]
-    reason = _why_unreachable(host, 443 if cifar.url.startswith("https") else 80)
-    if reason is None:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with _stall_limit(), contextlib.redirect_stdout(None):
-                cifar(root, train=False, download=True)
-            return
-        except (OSError, RuntimeError) as error:
-            reason = first_line(error)
-    raise DataUnavailableError(
-        f"{name} is not (whole) in {root}, {damaged}, and cannot be downloaded ({reason}): "
-        f"{ways_out}"
-    )
-
-
-def _damaged_file(cifar: type, root: Path) -> str | None:
-    """The first of CIFAR's files that is missing or has a wrong MD5 sum; None if all are right."""
-    rules = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
-    for filename, md5 in rules:
-        path = root / cifar.base_folder / filename
-        found = _md5(path)
-        if found != md5:
-            archive = root / cifar.filename
-            if found is None and archive.is_file():
-                return f"{archive} is damaged"
-            return f"{path} is {'missing' if found is None else 'damaged'}"
-    return None
-
-
-def _md5(path: Path) -> str | None:
-    """The MD5 sum of a file; None if there is none."""
-    if not path.is_file():
-        return None
-    sum_ = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            sum_.update(part)
-    return sum_.hexdigest()
-
-
-def _why_unreachable(host: str, port: int) -> str | None:
-    """The reason why ``host`` cannot be reached within ``_PROBE_SECONDS``; None where it can."""
-    if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "http_proxy")):
-        return None  # only the proxy can tell
-    outcome: list[str | None] = []
-
-    def probe() -> None:
-        try:
-            socket.create_connection((host, port), timeout=_PROBE_SECONDS).close()
-            outcome.append(None)
-        except OSError as error:
-            outcome.append(f"{host}: {error}")
-
-    # in a thread, since looking up a name has no time-out of its own
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(_PROBE_SECONDS)
-    return outcome[0] if outcome else f"{host}: no answer in {_PROBE_SECONDS:.0f} s"
-
-
-@contextlib.contextmanager
-def _stall_limit():
-    """Downloads inside fail after ``_STALL_SECONDS`` without a byte, instead of hanging."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_STALL_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _load_cifar(name: str, root: Path) -> Dataset:
-    _ensure_cifar(name, root)
-    train, test = (_cifar_class(name)(root, train=train) for train in (True, False))
-    return Dataset(
-        name,
-        torch.from_numpy(train.data),
-        torch.tensor(train.targets),
-        torch.from_numpy(test.data),
-        torch.tensor(test.targets),
-        tuple(train.classes),
-    )
-
-
-# --- other sources -------------------------------------------------------------------------
+def _load_known(name: str, root: Path, url: str | None) -> Dataset:
+    *arrays, classes = load_known(name, root, url)
+    tensors = [torch.from_numpy(array) for array in arrays]
+    return Dataset(name, tensors[0], tensors[1].long(), tensors[2], tensors[3].long(), classes)
 
 
 def _load_shapes(limit: int | None) -> Dataset:
-    arrays = []
-    for split, size in shapes.SIZES.items():
-        arrays += map(torch.from_numpy, shapes.draw(split, min(size, limit or size)))
-    return Dataset("shapes", *arrays, classes=shapes.CLASSES)
+    def split(name: str) -> tuple[Tensor, Tensor]:
+        size = shapes.SIZES[name]
+        images, labels = shapes.draw(name, min(size, limit or size))
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+    return Dataset("shapes", *split("train"), *split("test"), shapes.CLASSES)
 
 
 def load_npz(
@@ -293,27 +202,28 @@ def load_npz(
         raise ValueError(f"dataset {path}: {reason}") from None
     # [N, 1], as Keras has them, are as good as [N]
     labels = {key: arrays[key].reshape(-1) for key in wanted if key.startswith("y_")}
-    names = arrays.get("classes", classes)
-    if names is None:
-        first = labels[f"y_{splits[0]}"]
-        names = range(min(max(int(first.max()) + 1, 2), _MOST_CLASSES))
-    tensors = {
-        "x_train": torch.empty((0, *SHAPE), dtype=torch.uint8),
-        "y_train": torch.empty(0, dtype=torch.int64),
-    }
+    if "classes" in arrays:
+        given = arrays["classes"].tolist()
+        classes = tuple(
+            n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in given
+        )
+    if classes is None:
+        highest = int(labels[f"y_{splits[0]}"].max())
+        classes = tuple(map(str, range(min(max(highest + 1, 2), _MOST_CLASSES))))
     for key, values in labels.items():
         low, high = int(values.min()), int(values.max())
-        if low < 0 or high >= len(names):
+        if low < 0 or high >= len(classes):
             raise ValueError(
-                f"dataset {path}: {key} must be in 0 .. {len(names) - 1}, got {low} .. {high}"
+                f"dataset {path}: {key} must be in 0 .. {len(classes) - 1}, got {low} .. {high}"
             )
-        tensors[key] = torch.from_numpy(values.astype(np.int64))
-    if getattr(names, "dtype", np.dtype("U")).kind == "S":
-        names = [name.decode(errors="replace") for name in names]
-    for split in splits:
-        images = np.ascontiguousarray(arrays[f"x_{split}"])
-        tensors[f"x_{split}"] = torch.from_numpy(images)
-    return Dataset(path.stem, **tensors, classes=tuple(map(str, names)))
+
+    def split(name: str) -> tuple[Tensor, Tensor]:
+        if name not in splits:
+            return torch.empty((0, *SHAPE), dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+        images = torch.from_numpy(np.ascontiguousarray(arrays[f"x_{name}"]))
+        return images, torch.from_numpy(labels[f"y_{name}"].astype(np.int64))
+
+    return Dataset(path.stem, *split("train"), *split("test"), classes)
 
 
 def npz_arrays(path: Path) -> set[str]:
@@ -388,10 +298,11 @@ def _load_folder(path: Path) -> Dataset:
         )
     if len(classes) < 2:
         raise ValueError(f"dataset {path} must have at least 2 classes, got {len(classes)}")
-    arrays = []
-    for folders in found.values():
-        files, labels = [], []
-        for label, folder in enumerate(folders.values()):
+
+    def split(name: str) -> tuple[Tensor, Tensor]:
+        files: list[Path] = []
+        labels: list[int] = []
+        for label, folder in enumerate(found[name].values()):
             inside = _picture_files(folder)
             if not inside:
                 raise ValueError(
@@ -403,8 +314,9 @@ def _load_folder(path: Path) -> Dataset:
         pictures = np.empty((len(files), *SHAPE), np.uint8)
         for picture, file in zip(pictures, files, strict=True):
             picture[:] = _read_picture(file)
-        arrays += [torch.from_numpy(pictures), torch.tensor(labels)]
-    return Dataset(path.resolve().name, *arrays, classes=classes)
+        return torch.from_numpy(pictures), torch.tensor(labels)
+
+    return Dataset(path.resolve().name, *split("train"), *split("test"), classes)
 
 
 def _class_folders(path: Path, split: Path) -> dict[str, Path]:

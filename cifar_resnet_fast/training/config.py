@@ -58,9 +58,14 @@ class TrainConfig:
     dataset: str = _flag(
         "auto",
         f"{', '.join(NAMES)}, a .npz file or a folder; auto is cifar10, or shapes (drawn, no "
-        "download) where CIFAR-10 cannot be had",
+        "download) if CIFAR-10 is not there and cannot be downloaded in five minutes",
     )
     data_root: str = _flag("data", "folder for downloaded data sets")
+    data_url: str | None = _flag(
+        None,
+        "where to download the data set from, in place of the known sources: the address of its "
+        "file or, ending with /, of a folder with its files",
+    )
     normalization: str = _flag(
         "dataset",
         "mean and std of the data set's own pictures, or of ImageNet's, which some published "
@@ -498,6 +503,7 @@ def name_of_setting(setting: dict[str, str], seed: int | None = None) -> str:
 
 # what is about the call, not about the training
 PLACES = (
+    "data_url",
     "out",
     "config",
     "resume",
