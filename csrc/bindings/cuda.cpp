@@ -45,22 +45,6 @@ struct Cuda {
     launch.check(launch_shortcut_a(shape, backward, chunk_bytes, launch.reads(from),
                                    launch.writes(to), launch.stream()));
   }
-
-  static void stage_border_forward(const StageBorderForward& p, ElementType type,
-                                   size_t chunk_bytes, const Tensor& x) {
-    const Launch launch("stage_border", x);
-    launch.check(launch_stage_border_forward(p, type, chunk_bytes, launch.stream()));
-  }
-
-  static void stage_border_backward(StageBorderBackward& p, ElementType type, size_t chunk_bytes,
-                                    const Tensor& scale) {
-    const Launch launch("stage_border_backward", scale);
-    const BlockGrid grid = stage_border_grid(p.shape);
-    const Tensor partial_sums =
-        torch::stable::new_empty(scale, {int64_t{grid.images} * grid.parts, 2, scale.size(0)});
-    p.partial_sums = partial_sums.mutable_data_ptr();
-    launch.check(launch_stage_border_backward(p, type, chunk_bytes, launch.stream()));
-  }
 };
 
 }  // namespace
