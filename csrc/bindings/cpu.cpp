@@ -23,7 +23,7 @@ void gather(const ShortcutA& shape, bool backward, const char* from, char* to) {
       char* to_image = to + n * to_chunks * int64_t{BYTES};
       for (uint32_t u = 0; u < to_chunks; ++u) {
         const uint32_t source = backward ? chunk_in_out(shape, u) : chunk_in_x(shape, u);
-        if (source == NOWHERE) {
+        if (source == kNowhere) {
           std::memset(to_image + u * BYTES, 0, BYTES);
         } else {
           std::memcpy(to_image + u * BYTES, from_image + source * BYTES, BYTES);

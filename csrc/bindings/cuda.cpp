@@ -42,8 +42,8 @@ struct Cuda {
   static void shortcut_a(const ShortcutA& shape, bool backward, size_t chunk_bytes,
                          const Tensor& from, const Tensor& to) {
     const Launch launch("shortcut_a", from);
-    launch.check(launch_shortcut_a(shape, backward, chunk_bytes, launch.reads(from),
-                                   launch.writes(to), launch.stream()));
+    launch.check(launch_shortcut_a({shape, launch.reads(from), launch.writes(to)}, backward,
+                                   chunk_bytes, launch.stream()));
   }
 };
 

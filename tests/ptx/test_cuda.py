@@ -3,18 +3,15 @@
 The cases are those of the emulated tests, whose functions run here on the interpreter.
 """
 
-import ctypes
-
 import pytest
 import test_conv3x3_emulated as convolutions
 import test_evaluate_emulated as evaluation
 import test_pool_emulated as pool
-import test_shortcut_a as shortcuts
+import test_shortcut_a_emulated as shortcuts
 import test_stem_emulated as stem
 import torch
 from emulation.checks import DTYPES, fragments
 
-from cifar_resnet_fast import reference
 from ptx import cuda
 
 BATCHES = {1: 2, 3: 1, 5: 2}  # batch: blocks
@@ -33,15 +30,6 @@ EVALUATE = [  # C, stride, shortcut
     *[(C, 1, kind) for C in (32, 64) for kind in ("none", "identity", "option_a")],
     *[(C, 2, "none") for C in (16, 32)],
 ]
-SHAPES = {  # N, C, H, W, K, stride
-    "first-border": (3, 16, 32, 32, 32, 2),
-    "second-border": (2, 32, 16, 16, 64, 2),
-    "one-image-of-odd-size": (1, 16, 7, 5, 32, 2),
-    "channels-not-of-16-bytes": (2, 6, 8, 6, 10, 2),
-    "stride-1": (2, 16, 5, 6, 48, 1),
-    "rows-that-leave-threads-over": (5, 24, 14, 10, 72, 2),
-    "more-channels-than-one-group": (2, 264, 4, 4, 520, 2),
-}
 ORDER = "every"  # of the warps: cuda.Kernels runs them all
 
 in_both_types = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,39 +133,7 @@ def test_weights(kernels, K, C, last, dtype):
     assert torch.equal(made["backward"], lane_weights(mirrored))
 
 
-def run_shortcut_a(kernels, shape, backward, given, written):
-    """The launcher of shortcuts.cpp, in every order of the warps."""
-    N, C, H, W, K, stride = shape
-    size = given.dtype.itemsize
-    wide = C * size % 16 == 0 and (K - C) // 2 * size % 16 == 0
-    chunk_bytes = 16 if wide else size
-    sizes = (ctypes.c_longlong * 7)(N, H, W, C, K, stride, chunk_bytes // size)
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (given, written)]
-    library = kernels.library
-    library.emulated_allow(given.data_ptr(), given.nbytes, False)
-    library.emulated_allow(written.data_ptr(), written.nbytes, True)
-    status = kernels.in_every_order(
-        "shortcut_a",
-        [written],
-        lambda: library.ptx_shortcut_a(sizes, backward, chunk_bytes, *pointers),
-    )
-    library.emulated_forbid_all()
-    assert status == 0
-
-
 @pytest.mark.parametrize("dtype", shortcuts.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", shortcuts.SHAPES.values(), ids=shortcuts.SHAPES)
 def test_shortcut_a(kernels, shape, dtype):
-    N, C, H, W, K, stride = shape
-    x = shortcuts.special((N, C, H, W), dtype).requires_grad_()
-    expected = reference.shortcut_a(x, K, stride)
-    dout = shortcuts.special(expected.shape, dtype)
-    (expected_dx,) = torch.autograd.grad(expected, x, dout)
-    out, dx = (
-        torch.full_like(like, float("nan"), memory_format=torch.channels_last)
-        for like in (expected, x)
-    )
-    run_shortcut_a(kernels, shape, False, x.detach(), out)
-    run_shortcut_a(kernels, shape, True, dout, dx)
-    for ours, theirs in ((out, expected), (dx, expected_dx)):
-        assert torch.equal(shortcuts.bits(ours), shortcuts.bits(theirs))
+    shortcuts.test_shortcut_a(kernels, shape, ORDER, dtype)
