@@ -25,9 +25,10 @@ class Launch {
   void* stream() const { return stream_; }
   const void* reads(const Tensor& tensor) const { return tensor.const_data_ptr(); }
   void* writes(const Tensor& tensor) const { return tensor.mutable_data_ptr(); }
-  // of a kernel: 0, a cudaError_t, or a BadArgument
+  // of a kernel: 0, a cudaError_t, or kNoKernel
   void check(int status) const {
-    cifar_resnet_fast::check(status >= 0, operation_, ": ", bad_argument_text(status));
+    cifar_resnet_fast::check(status != kNoKernel, operation_,
+                             ": there is no kernel for these channels and this stride");
     cifar_resnet_fast::check(status == 0, operation_,
                              ": the kernel could not be launched, cudaError_t ", status);
   }
