@@ -64,16 +64,6 @@ def _shortcut_a(*sizes: int) -> Case:
     )
 
 
-def _stage_border(*sizes: int) -> Case:
-    return _timed(
-        operations.stage_border(*sizes),
-        {
-            "forward": lambda s: traffic.stage_border_forward(s, *sizes),
-            "backward": lambda s: traffic.stage_border_backward(s, *sizes),
-        },
-    )
-
-
 def _sgd(depth: int) -> Case:
     _, places = operations.parameter_places(depth)
     numbers = sum(place.stop - place.start for place in places)
@@ -93,7 +83,6 @@ def _sgd(depth: int) -> Case:
 CASES = (
     *(_unit(*sizes) for sizes in UNITS),
     *(_shortcut_a(*border) for border in BORDERS),
-    *(_stage_border(*border) for border in BORDERS),
     _timed(operations.load_batch(), {"call": traffic.loader}),
     *(_sgd(depth) for depth in (20, 56)),
 )

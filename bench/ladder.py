@@ -32,7 +32,7 @@ _ON_ITS_FEET = 20.0  # seconds without which no rung is begun
 # groups of test files; of each the tests that are marked gpu come before the others, which run on
 # the GPU, too, but say something without one
 TESTED = {
-    "kernels": ("trunk", "conv_bn_relu", "kernels_raw", "stage_border", "shortcut_a"),
+    "kernels": ("trunk", "conv_bn_relu", "kernels_raw", "shortcut_a"),
     "steps": ("engine", "network", "optimizer", "loader", "memory"),
     "programs": ("bench_trunk", "bench_measure", "bench_suites", "train"),
 }

@@ -2,8 +2,8 @@
 
 Counted is what a kernel has to move at least: each of its tensors once, as named here. Batch
 statistics and their partial sums and the loader's order and crops are left out (less than 1 % at
-batch 1024), and so are the weight gradient's slabs, whose number is the kernel's choice; ``merge``
-and ``slab_sum`` say what they come to. Weights count once a kernel.
+batch 1024), and so are the weight gradient's slabs, whose number is the kernel's choice. Weights
+count once a kernel.
 
 =======  ==========================================================================
 A        bytes of one activation of a stage, N * H * W * C * size of the dtype
@@ -249,18 +249,6 @@ def optimizer(s: Sizes, parameters: int) -> Work:
     return Work("optimizer", "parameters", reads, writes)
 
 
-def merge(C: int, rows: int) -> Work:
-    """Statistics from ``rows`` rows of two float32 sums a channel, in cache."""
-    return Work("merge", f"{C} channels", (("sums", rows * 2 * C * 4),), (("saved", 4 * C * 4),))
-
-
-def slab_sum(C: int, K: int, slabs: int) -> Work:
-    """A weight gradient from ``slabs`` float32 slabs, written and read again."""
-    size = slabs * dweight_bytes(C, K)
-    reads, writes = (("slabs", size),), (("slabs", size), ("dweight", dweight_bytes(C, K)))
-    return Work("slab sum", f"{C} to {K} channels", reads, writes)
-
-
 def _name(kernel: str, source: int, stage: int) -> str:
     return kernel if source == stage else f"{kernel}, stride 2"
 
@@ -311,21 +299,6 @@ def shortcut_a_backward(s: Sizes, C: int, K: int, side: int) -> Work:
     reads = (("dout", s.activation(C, side // 2)),)
     writes = (("dx", s.activation(C, side)),)
     return Work("shortcut_a backward", _unit(C, K, side), reads, writes)
-
-
-def stage_border_forward(s: Sizes, C: int, K: int, side: int) -> Work:
-    """relu(scale * y + shift + shortcut_a(x)); ``side``: of x."""
-    out = s.activation(K, side // 2)
-    reads = (("y", out), ("x", s.activation(C, side // 2)))
-    return Work("stage_border", _unit(C, K, side), reads, (("out", out),))
-
-
-def stage_border_backward(s: Sizes, C: int, K: int, side: int) -> Work:
-    """dy, dx, and the sums of dz and dz * y, from dout where out > 0."""
-    out = s.activation(K, side // 2)
-    reads = (("dout", out), ("out", out), ("y", out))
-    writes = (("dy", out), ("dx", s.activation(C, side)))
-    return Work("stage_border backward", _unit(C, K, side), reads, writes)
 
 
 def _unit(C: int, K: int, side: int) -> str:

@@ -78,25 +78,6 @@ def shortcut_a(x: Tensor, out_channels: int, stride: int = 2) -> Tensor:
     return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, new, new))
 
 
-def stage_border(y: Tensor, scale: Tensor, shift: Tensor, x: Tensor, stride: int = 2) -> Tensor:
-    """The end of a stage's first block: ``relu(scale * y + shift + shortcut_a(x))``.
-
-    Args:
-        y: [N, K, ceil(H / stride), ceil(W / stride)]. the second convolution's raw output
-        scale, shift: [K] float32, or float64 where y is. normalisation as an affine map
-        x: [N, C, H, W], of y's dtype. the block's input
-        stride: 1 or 2
-
-    Returns:
-        of y's shape and dtype; computed in scale's dtype, rounded once, before the ReLU
-
-    Source: He et al. 2015, figure 2 and section 4.2, option (A).
-    """
-    shortcut = shortcut_a(x, y.shape[1], stride)
-    z = scale[:, None, None] * y + shift[:, None, None] + shortcut
-    return F.relu(z.to(y.dtype))
-
-
 class Unit(NamedTuple):
     """A 3x3 convolution and the batch normalisation behind it; arguments as ``conv_bn_relu``'s."""
 

@@ -178,7 +178,7 @@ def test_charts_render(rendered):
     ("chosen", "charts"),
     [
         (lambda row: row["operation"] == "sgd", 0),
-        (lambda row: row["operation"] == "stage_border" and row["phase"] == "backward", 1),
+        (lambda row: row["operation"] == "shortcut_a" and row["phase"] == "backward", 1),
         (lambda row: (row["dtype"], row["batch"]) in (("fp16", 128), ("bf16", 1024)), 1),
     ],
     ids=["no batch", "one phase", "the largest batch in the second dtype"],

@@ -1,11 +1,13 @@
 """Imports point one way: a file imports only from floors below its own."""
 
 import ast
+import pkgutil
 from pathlib import Path
 
 import pytest
 
 import cifar_resnet_fast
+from cifar_resnet_fast import ops
 
 PACKAGE = Path(cifar_resnet_fast.__file__).parent
 
@@ -40,7 +42,6 @@ FLOORS = {
     "ops._shortcut_a.cuda": 1.05,
     "ops._shortcut_a.triton": 1.05,
     "ops._conv_bn_relu.triton": 1.05,
-    "ops.stage_border_cuda": 1.06,
     "ops._trunk.schedule": 1.05,
     "ops._trunk.cuda": 1.06,
     "ops._trunk.triton": 1.06,
@@ -48,7 +49,6 @@ FLOORS = {
     "ops._trunk.operation": 1.1,
     "ops._conv_bn_relu.operation": 1.1,
     "ops._shortcut_a.operation": 1.1,
-    "ops.stage_border": 1.1,
     "ops._sgd": 1.1,
     "ops._record_step": 1.1,
     "ops._linear_cross_entropy": 1.1,
@@ -134,6 +134,12 @@ def test_imports_point_down(path):
     floor = FLOORS[name_of(path)]
     for imported in imports_of(path):
         assert FLOORS[imported] < floor, f"{name_of(path)} may not import {imported}"
+
+
+def test_ops_shows_its_public_names_alone():
+    """Nothing that an import left there, and no name that hides a submodule."""
+    assert sorted(name for name in dir(ops) if not name.startswith("_")) == sorted(ops.__all__)
+    assert not {module.name for module in pkgutil.iter_modules(ops.__path__)} & set(ops.__all__)
 
 
 def test_only_ops_chooses():

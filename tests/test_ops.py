@@ -174,7 +174,6 @@ def valid_calls():
         "draws": torch.zeros(6, 4, dtype=torch.int32),
         "step": torch.tensor(0),
     }
-    z = {"y": torch.randn(2, 16, 4, 4), "scale": torch.ones(16), "shift": torch.ones(16)}
     return {
         "sgd": {**P, **sizes},
         "load_batch": {**batch, "batch_size": 2, "padding": 1, "cutout": 0},
@@ -197,7 +196,6 @@ def valid_calls():
             **{"step": torch.tensor(0), "lr": torch.tensor(0.1), "schedule": torch.ones(4)},
         },
         "shortcut_a": {"x": torch.randn(2, 4, 4, 4), "out_channels": 8, "stride": 2},
-        "stage_border": {**z, "x": torch.randn(2, 8, 8, 8), "stride": 2},
         "trunk": {"pictures": torch.randn(2, 3, 4, 4), "units": units, "training": True},
         "choose": {
             **{"implementation": "auto", "device": torch.device("cpu")},

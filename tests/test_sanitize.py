@@ -39,7 +39,7 @@ def test_every_operation_of_the_extension_is_watched(kernels_run, monkeypatch, c
     bound = set()
     for source in sorted((ROOT / "csrc" / "bindings").iterdir()):
         bound |= set(re.findall(r'm\.def\(\s*"(\w+)\(', source.read_text()))
-    assert len(bound) > 15
+    assert len(bound) >= 15
     monkeypatch.setattr("cifar_resnet_fast.ops._trunk.cuda.multiprocessors", lambda _: 4)
     monkeypatch.setattr(sanitized, "BATCHES", sanitized.BATCHES[:1])  # the emulation is slow
     with Seen() as seen:
@@ -49,7 +49,7 @@ def test_every_operation_of_the_extension_is_watched(kernels_run, monkeypatch, c
         # slabs are float32, whatever the activations are
         expected = {torch.float32} if name == "sum_slabs" else {torch.float16, torch.bfloat16}
         assert expected <= found, name
-    assert len(capsys.readouterr().out.splitlines()) == 2 * 2 + 2 * 4
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 2 + 4
 
 
 def test_batches_have_both_ways_through_a_kernel():

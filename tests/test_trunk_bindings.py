@@ -139,10 +139,48 @@ def test_slabs_and_their_gradient_come_together(calls):
 
 
 @pytest.mark.parametrize("blocks", [0, -1, 65536])
-def test_blocks_have_bounds(blocks, calls):
-    func, args = calls["conv3x3_f2"]
-    with pytest.raises(RuntimeError):
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if "weights" not in name])
+def test_blocks_have_bounds(operation, blocks, calls):
+    func, args = calls[operation]
+    with pytest.raises(RuntimeError, match=f"blocks must be in 1 .. 65535, got {blocks}"):
         func(*args[:-1], blocks)
+
+
+def test_batch_has_a_bound(calls):
+    """Offsets in bytes would not fit in 31 bits. One image stands for all, which saves memory."""
+    for operation, name in (("stem_forward", "images"), ("conv3x3_f2", "y")):
+        func, (images, *rest) = calls[operation]
+        images = images[:1].expand(65536, -1, -1, -1)
+        with pytest.raises(
+            RuntimeError, match=f"{name} must have at most 65535 images, got 65536"
+        ):
+            func(images, *rest)
+
+
+@pytest.mark.parametrize(
+    ("C", "stride", "shortcut_channels", "message"),
+    [
+        (48, 1, None, "channels must be 16, 32 or 64, got 48"),
+        (64, 2, None, "channels must be 16, 32 or 64, got 128"),
+        (16, 1, 8, "channels must be 16, 32 or 64, got 8"),  # option A of no stage before
+        (32, 1, 64, "shortcut must have shape"),
+    ],
+)
+def test_shapes_without_a_kernel_are_refused(C, stride, shortcut_channels, message, calls):
+    func, (y, _, *_) = calls["conv3x3_f1"]
+    one = torch.ones(C, dtype=torch.float32, device=y.device)
+
+    def activation(channels):
+        side = 512 // channels
+        shape = (2, channels, side, side)
+        return y.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+
+    shortcut = None if shortcut_channels is None else activation(shortcut_channels)
+    fragments = y.new_zeros(9 * C * C * stride)
+    sums = one.new_zeros(3, 2, C)
+    norm = (one, one, one.clone(), one.clone(), 0.1, 1e-5)
+    with pytest.raises(RuntimeError, match=message):
+        func(activation(C), sums, *norm, shortcut, fragments, stride, 2)
 
 
 def test_layers_of_several_launches(kernels_run, device):

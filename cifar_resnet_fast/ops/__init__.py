@@ -11,7 +11,6 @@ from cifar_resnet_fast.ops._record_step import record_step
 from cifar_resnet_fast.ops._sgd import sgd
 from cifar_resnet_fast.ops._shortcut_a.operation import shortcut_a
 from cifar_resnet_fast.ops._trunk.operation import gradients_into, trunk
-from cifar_resnet_fast.ops.stage_border import stage_border
 from cifar_resnet_fast.reference import Unit
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "record_step",
     "sgd",
     "shortcut_a",
-    "stage_border",
     "trunk",
     "why_not",
 ]

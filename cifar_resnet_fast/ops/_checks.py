@@ -89,31 +89,9 @@ def check_out_channels(name: str, in_channels: int, out_channels: int) -> None:
         )
 
 
-def check_affine(name: str, value: Tensor, x: Tensor, channels: int) -> None:
-    """``value`` is one number a channel, in the dtype in which ``x`` is computed with.
-
-    Raises:
-        TypeError: not float32, or float64 where x is
-        ValueError: another shape or device, or not contiguous
-    """
-    check_tensor(name, value, "K", like=x)
-    check_dtype(name, value, torch.float64 if x.dtype == torch.float64 else torch.float32)
-    check_shape(name, value, (channels,))
-    if not value.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
-
-
 def is_channels_last(value: Tensor) -> bool:
     """Whether ``value`` [N, C, H, W] is a row-major [N, H, W, C] array in memory."""
     return value.is_contiguous(memory_format=torch.channels_last)
-
-
-def check_channels_last(name: str, value: Tensor) -> None:
-    """``value`` [N, C, H, W] is channels-last; ValueError where not."""
-    if not is_channels_last(value):
-        raise ValueError(
-            f"{name} must be channels-last [N, C, H, W], got strides {value.stride()}"
-        )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -22,7 +22,6 @@ IMPLEMENTATIONS = ("cuda", "triton", "reference")
 OPERATIONS = {  # and their implementations, fastest first
     "conv_bn_relu": ("triton", "reference"),
     "shortcut_a": ("cuda", "triton", "reference"),
-    "stage_border": ("cuda", "reference"),
     "trunk": ("cuda", "triton", "reference"),
     "linear_cross_entropy": ("triton", "reference"),
     "load_batch": ("triton", "reference"),

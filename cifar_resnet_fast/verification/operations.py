@@ -119,28 +119,6 @@ def shortcut_a(C: int, K: int, side: int) -> Case:
     )
 
 
-def stage_border(C: int, K: int, side: int) -> Case:
-    def inputs(batch, dtype, device, generator):
-        draw = Draw(device, generator)
-        return {
-            "y": draw.activation(batch, K, side // 2, side // 2, dtype=dtype),
-            "scale": 1 + 0.1 * draw.vector(K),
-            "shift": 0.1 * draw.vector(K),
-            "x": draw.activation(batch, C, side, side, dtype=dtype),
-        }
-
-    def call(tensors, implementation):
-        return {"out": ops.stage_border(**tensors, implementation=implementation)}
-
-    return Case(
-        "stage_border",
-        f"{side}x{side}x{C} to {K}",
-        inputs,
-        call,
-        ("y", "scale", "shift", "x"),
-    )
-
-
 def load_batch(mixed: bool = False) -> Case:
     """An epoch of one batch: each of its pictures is read once, or twice if it is mixed."""
     side = SIDES[0]
@@ -299,7 +277,6 @@ UNITS = (  # C, K, pixels a row, stride, with a shortcut
 CASES = (
     *(unit(*sizes) for sizes in UNITS),
     *(shortcut_a(*border) for border in BORDERS),
-    *(stage_border(*border) for border in BORDERS),
     *(load_batch(mixed) for mixed in (False, True)),
     linear_cross_entropy(10, 0.0, mixed=False),
     linear_cross_entropy(100, 0.1, mixed=True),

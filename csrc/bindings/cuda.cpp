@@ -25,9 +25,10 @@ class Launch {
   void* stream() const { return stream_; }
   const void* reads(const Tensor& tensor) const { return tensor.const_data_ptr(); }
   void* writes(const Tensor& tensor) const { return tensor.mutable_data_ptr(); }
-  // of a kernel: 0, a cudaError_t, or a BadArgument
+  // of a kernel: 0, a cudaError_t, or kNoKernel
   void check(int status) const {
-    cifar_resnet_fast::check(status >= 0, operation_, ": ", bad_argument_text(status));
+    cifar_resnet_fast::check(status != kNoKernel, operation_,
+                             ": there is no kernel for these channels and this stride");
     cifar_resnet_fast::check(status == 0, operation_,
                              ": the kernel could not be launched, cudaError_t ", status);
   }
@@ -42,24 +43,8 @@ struct Cuda {
   static void shortcut_a(const ShortcutA& shape, bool backward, size_t chunk_bytes,
                          const Tensor& from, const Tensor& to) {
     const Launch launch("shortcut_a", from);
-    launch.check(launch_shortcut_a(shape, backward, chunk_bytes, launch.reads(from),
-                                   launch.writes(to), launch.stream()));
-  }
-
-  static void stage_border_forward(const StageBorderForward& p, ElementType type,
-                                   size_t chunk_bytes, const Tensor& x) {
-    const Launch launch("stage_border", x);
-    launch.check(launch_stage_border_forward(p, type, chunk_bytes, launch.stream()));
-  }
-
-  static void stage_border_backward(StageBorderBackward& p, ElementType type, size_t chunk_bytes,
-                                    const Tensor& scale) {
-    const Launch launch("stage_border_backward", scale);
-    const BlockGrid grid = stage_border_grid(p.shape);
-    const Tensor partial_sums =
-        torch::stable::new_empty(scale, {int64_t{grid.images} * grid.parts, 2, scale.size(0)});
-    p.partial_sums = partial_sums.mutable_data_ptr();
-    launch.check(launch_stage_border_backward(p, type, chunk_bytes, launch.stream()));
+    launch.check(launch_shortcut_a({shape, launch.reads(from), launch.writes(to)}, backward,
+                                   chunk_bytes, launch.stream()));
   }
 };
 

@@ -7,11 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/MemoryFormat.h>
 
-#include <tuple>
-
 #include "bindings/checks.h"
 #include "shortcut_a/shortcut_a.cuh"
-#include "shortcut_a/stage_border.cuh"
 
 namespace cifar_resnet_fast {
 
@@ -57,19 +54,6 @@ struct Sizes {
   }
 };
 
-inline ElementType element_type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return ElementType::float16;
-    case ScalarType::BFloat16:
-      return ElementType::bfloat16;
-    case ScalarType::Float:
-      return ElementType::float32;
-    default:
-      return ElementType::float64;
-  }
-}
-
 inline void check_activation(const char* name, const Tensor& tensor, const char* channels) {
   check_tensor(name, tensor, {"N", channels, "H", "W"});
 }
@@ -87,27 +71,6 @@ inline Sizes check_gradient(const Tensor& dout, int64_t channels, int64_t height
   check_shape("dout", dout, sizes.out_shape());
   check_channels_last("dout", dout);
   return sizes;
-}
-
-// `vector` is [K], contiguous, of the arithmetic's dtype: float64 for float64 tensors, else
-// float32.
-inline void check_affine(const char* name, const Tensor& vector, const Tensor& x, int64_t K) {
-  check_tensor(name, vector, {"K"});
-  check_device(name, vector, x);
-  check_dtype(name, vector,
-              x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
-  check_shape(name, vector, {K});
-  check(vector.is_contiguous(), name, " must be contiguous, got strides ",
-        tuple_text(vector.strides()));
-}
-
-inline void check_like(const char* name, const Tensor& tensor, const Tensor& x,
-                       const std::vector<int64_t>& shape) {
-  check_activation(name, tensor, "K");
-  check_device(name, tensor, x);
-  check_dtype(name, tensor, x.scalar_type());
-  check_shape(name, tensor, shape);
-  check_channels_last(name, tensor);
 }
 
 template <typename Backend>
@@ -133,67 +96,11 @@ Tensor shortcut_a_backward(const Tensor& dout, int64_t channels, int64_t height,
   return dx;
 }
 
-template <typename Backend>
-Tensor stage_border(const Tensor& y, const Tensor& scale, const Tensor& shift, const Tensor& x,
-                    int64_t stride) {
-  check_stride(stride);
-  check_activation("x", x, "C");
-  check_activation("y", y, "K");
-  check_out_channels("y's channels", x.size(1), y.size(1));
-  check_channels_last("x", x);
-  const Sizes sizes(x.size(0), x.size(1), x.size(2), x.size(3), y.size(1), stride);
-  check_like("y", y, x, sizes.out_shape());
-  check_affine("scale", scale, x, sizes.K);
-  check_affine("shift", shift, x, sizes.K);
-  const Tensor out = empty_channels_last(sizes.out_shape(), y);
-  const size_t chunk =
-      chunk_size(x.element_size(), sizes.C, sizes.K, {&y, &scale, &shift, &x, &out});
-  const StageBorderForward p{sizes.in_chunks(chunk / x.element_size()),
-                             y.const_data_ptr(),
-                             scale.const_data_ptr(),
-                             shift.const_data_ptr(),
-                             x.const_data_ptr(),
-                             out.mutable_data_ptr()};
-  Backend::stage_border_forward(p, element_type_of(x), chunk, x);
-  return out;
-}
-
-// dy, dscale, dshift, dx
-template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor> stage_border_backward(
-    const Tensor& dout, const Tensor& out, const Tensor& y, const Tensor& scale, int64_t channels,
-    int64_t height, int64_t width, int64_t stride) {
-  const Sizes sizes = check_gradient(dout, channels, height, width, stride);
-  check_like("out", out, dout, sizes.out_shape());
-  check_like("y", y, dout, sizes.out_shape());
-  check_affine("scale", scale, dout, sizes.K);
-  const Tensor dy = empty_channels_last(sizes.out_shape(), dout);
-  const Tensor dscale = torch::stable::new_empty(scale, {sizes.K});
-  const Tensor dshift = torch::stable::new_empty(scale, {sizes.K});
-  const Tensor dx = empty_channels_last(sizes.x_shape(), dout);
-  const size_t chunk =
-      chunk_size(dout.element_size(), sizes.C, sizes.K, {&dout, &out, &y, &scale, &dy, &dx});
-  StageBorderBackward p{sizes.in_chunks(chunk / dout.element_size()),
-                        dout.const_data_ptr(),
-                        out.const_data_ptr(),
-                        y.const_data_ptr(),
-                        scale.const_data_ptr(),
-                        dy.mutable_data_ptr(),
-                        dscale.mutable_data_ptr(),
-                        dshift.mutable_data_ptr(),
-                        dx.mutable_data_ptr(),
-                        nullptr};
-  Backend::stage_border_backward(p, element_type_of(dout), chunk, scale);
-  return {dy, dscale, dshift, dx};
-}
-
 // Registers every operation for one dispatch key.
 template <typename Backend>
 void register_operations(torch::stable::detail::StableLibrary& m) {
   m.impl("shortcut_a", TORCH_BOX(&shortcut_a<Backend>));
   m.impl("shortcut_a_backward", TORCH_BOX(&shortcut_a_backward<Backend>));
-  m.impl("stage_border", TORCH_BOX(&stage_border<Backend>));
-  m.impl("stage_border_backward", TORCH_BOX(&stage_border_backward<Backend>));
 }
 
 }  // namespace cifar_resnet_fast

@@ -51,6 +51,7 @@ template <typename Launch>
 std::tuple<Tensor, Tensor> pool_backward(Tensor dpooled, Tensor mask, Tensor y, Tensor norm,
                                          int64_t blocks) {
   const Dtype dtype = dtype_of("y", y);
+  const int grid = check_blocks(blocks);
   check_stage("y", y, 64, y);
   const int64_t N = y.size(0);
   check_floats("dpooled", dpooled, {N, 64}, y);
@@ -69,8 +70,7 @@ std::tuple<Tensor, Tensor> pool_backward(Tensor dpooled, Tensor mask, Tensor y, 
   p.dz = launch.writes(dz);
   p.dz_sums = new_floats(launch, dz_sums);
   p.batch = batch_of(y);
-  launch.check(
-      ::cifar_resnet_fast::pool_backward(p, dtype, check_blocks(blocks), false, launch.stream()));
+  launch.check(::cifar_resnet_fast::pool_backward(p, dtype, grid, false, launch.stream()));
   return {dz, dz_sums};
 }
 
@@ -83,6 +83,7 @@ BackwardResult backward(const char* name, const Tensor& dz, const Tensor& y, con
                         int64_t stride, int64_t blocks) {
   check_stride(stride);
   const Dtype dtype = dtype_of("y", y);
+  const int grid = check_blocks(blocks);
   const int64_t K = y.size(1), C = K / stride;
   check_stage("y", y, K, y);
   check_stage("dz", dz, K, y);
@@ -91,7 +92,6 @@ BackwardResult backward(const char* name, const Tensor& dz, const Tensor& y, con
   check_floats("norm_before", norm_before, {4, C}, y);
   if (residual.has_value()) check_stage("residual", *residual, K, y);
   check_fragments(fragments, K * C * 9, y);
-  const int grid = check_blocks(blocks);
   const int64_t rows =
       conv3x3_backward_rows(static_cast<int>(C), static_cast<int>(stride), grid, batch_of(y));
   const Tensor out = empty_stage(y, C), out_sums = empty_floats({rows, 2, C}, y);
@@ -146,6 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> stem_backward(Tensor dz, Tensor y, Tensor sum
                                                  OptionalTensor left_slabs,
                                                  OptionalTensor left_dweight, int64_t blocks) {
   const Dtype dtype = dtype_of("y", y);
+  const int grid = check_blocks(blocks);
   check_stage("y", y, 16, y);
   check_stage("dz", dz, 16, y);
   check_images(images);
@@ -163,8 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> stem_backward(Tensor dz, Tensor y, Tensor sum
   p.slabs = new_floats(launch, slabs);
   p.before = left_over(launch, left_slabs, left_dweight, y);
   p.batch = batch_of(y);
-  launch.check(
-      ::cifar_resnet_fast::stem_backward(p, dtype, check_blocks(blocks), true, launch.stream()));
+  launch.check(::cifar_resnet_fast::stem_backward(p, dtype, grid, true, launch.stream()));
   return {slabs, dbn_weight, dbn_bias};
 }
 

@@ -49,6 +49,7 @@ BatchNormForward batch_norm_forward(const Launch& launch, const Tensor& y, const
 template <typename Launch>
 std::tuple<Tensor, Tensor> stem_forward(Tensor images, Tensor fragments, int64_t blocks) {
   const Dtype dtype = dtype_of("images", images);
+  const int grid = check_blocks(blocks);
   check_images(images);
   check_fragments(fragments, kStemFragments, images);
   const Tensor y = empty_stage(images, 16), sums = empty_floats({blocks, 2, 16}, images);
@@ -59,14 +60,14 @@ std::tuple<Tensor, Tensor> stem_forward(Tensor images, Tensor fragments, int64_t
   p.y = launch.writes(y);
   p.y_sums = new_floats(launch, sums);
   p.batch = batch_of(images);
-  launch.check(
-      ::cifar_resnet_fast::stem_forward(p, dtype, check_blocks(blocks), false, launch.stream()));
+  launch.check(::cifar_resnet_fast::stem_forward(p, dtype, grid, false, launch.stream()));
   return {y, sums};
 }
 
 template <typename Launch>
 Tensor stem_evaluate(Tensor images, Tensor fragments, Tensor bias, int64_t blocks) {
   const Dtype dtype = dtype_of("images", images);
+  const int grid = check_blocks(blocks);
   check_images(images);
   check_fragments(fragments, kStemFragments, images);
   check_floats("bias", bias, {16}, images);
@@ -78,8 +79,7 @@ Tensor stem_evaluate(Tensor images, Tensor fragments, Tensor bias, int64_t block
   p.bias = floats(launch, bias);
   p.y = launch.writes(x);
   p.batch = batch_of(images);
-  launch.check(
-      ::cifar_resnet_fast::stem_forward(p, dtype, check_blocks(blocks), false, launch.stream()));
+  launch.check(::cifar_resnet_fast::stem_forward(p, dtype, grid, false, launch.stream()));
   return x;
 }
 
@@ -94,6 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_first(Tensor y, Tensor sums, 
   check_stride(stride);
   const int64_t C = y.size(1), K = C * stride;
   const Dtype dtype = check_raw(y, fragments, C * K * 9);
+  const int grid = check_blocks(blocks);
   const Tensor x = empty_stage(y, C), out = empty_stage(y, K);
   const Tensor out_sums = empty_floats({blocks, 2, K}, y), norm = empty_floats({4, C}, y);
   const Launch launch("conv3x3_f1", y);
@@ -103,8 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_first(Tensor y, Tensor sums, 
   p.shortcut_kind = Shortcut::kNone;
   if (shortcut.has_value()) p.shortcut_kind = shortcut_of(launch, *shortcut, y, p.shortcut);
   p.x = launch.writes(x);
-  launch.check(conv3x3_forward(p, dtype, static_cast<int>(C), static_cast<int>(stride),
-                               check_blocks(blocks), true, launch.stream()));
+  launch.check(conv3x3_forward(p, dtype, static_cast<int>(C), static_cast<int>(stride), grid, true,
+                               launch.stream()));
   return {x, out, out_sums, norm};
 }
 
@@ -116,6 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_second(Tensor y, Tensor sums, Tensor 
                                                   Tensor fragments, int64_t blocks) {
   const int64_t C = y.size(1);
   const Dtype dtype = check_raw(y, fragments, C * C * 9);
+  const int grid = check_blocks(blocks);
   const Tensor out = empty_stage(y, C);
   const Tensor out_sums = empty_floats({blocks, 2, C}, y), norm = empty_floats({4, C}, y);
   const Launch launch("conv3x3_f2", y);
@@ -123,8 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_second(Tensor y, Tensor sums, Tensor 
   p.bn = batch_norm_forward(launch, y, sums, bn_weight, bn_bias, running_mean, running_var,
                             momentum, eps, norm);
   p.shortcut_kind = Shortcut::kNone;
-  launch.check(conv3x3_forward(p, dtype, static_cast<int>(C), 1, check_blocks(blocks), true,
-                               launch.stream()));
+  launch.check(conv3x3_forward(p, dtype, static_cast<int>(C), 1, grid, true, launch.stream()));
   return {out, out_sums, norm};
 }
 
@@ -134,6 +135,7 @@ Tensor conv3x3_evaluate(Tensor x, Tensor fragments, Tensor bias, OptionalTensor 
   check_stride(stride);
   const int64_t C = x.size(1), K = C * stride;
   const Dtype dtype = dtype_of("x", x);
+  const int grid = check_blocks(blocks);
   check_stage("x", x, C, x);
   check_fragments(fragments, C * K * 9, x);
   check_floats("bias", bias, {K}, x);
@@ -147,9 +149,8 @@ Tensor conv3x3_evaluate(Tensor x, Tensor fragments, Tensor bias, OptionalTensor 
   if (shortcut.has_value()) p.shortcut_kind = shortcut_of(launch, *shortcut, out, p.shortcut);
   p.out = launch.writes(out);
   p.batch = batch_of(x);
-  launch.check(::cifar_resnet_fast::conv3x3_evaluate(p, dtype, static_cast<int>(C),
-                                                     static_cast<int>(stride),
-                                                     check_blocks(blocks), true, launch.stream()));
+  launch.check(::cifar_resnet_fast::conv3x3_evaluate(
+      p, dtype, static_cast<int>(C), static_cast<int>(stride), grid, true, launch.stream()));
   return out;
 }
 
@@ -160,6 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_forward(Tensor y, Tensor sums, Tensor bn
                                                 Tensor running_var, double momentum, double eps,
                                                 Tensor shortcut, int64_t blocks) {
   const Dtype dtype = dtype_of("y", y);
+  const int grid = check_blocks(blocks);
   check_stage("y", y, 64, y);
   const int64_t N = y.size(0);
   const Tensor pooled = empty_floats({N, 64}, y), norm = empty_floats({4, 64}, y);
@@ -174,8 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_forward(Tensor y, Tensor sums, Tensor bn
   p.mask = static_cast<unsigned char*>(launch.writes(mask));
   p.pooled = new_floats(launch, pooled);
   p.batch = batch_of(y);
-  launch.check(
-      ::cifar_resnet_fast::pool_forward(p, dtype, check_blocks(blocks), true, launch.stream()));
+  launch.check(::cifar_resnet_fast::pool_forward(p, dtype, grid, true, launch.stream()));
   return {pooled, mask, norm};
 }
 

@@ -40,10 +40,16 @@ inline void check_aligned(const char* name, const Tensor& tensor, uintptr_t byte
         " must be aligned to ", bytes, " bytes");
 }
 
+// The kernels' offsets in bytes fit in 31 bits then.
+inline void check_batch(const char* name, const Tensor& tensor) {
+  check(tensor.size(0) <= 65535, name, " must have at most 65535 images, got ", tensor.size(0));
+}
+
 // `tensor` is an activation of `channels` with the batch, dtype and device of `like`.
 inline void check_stage(const char* name, const Tensor& tensor, int64_t channels,
                         const Tensor& like) {
   check_tensor(name, tensor, {"N", "C", "S", "S"});
+  check_batch(name, tensor);
   check_device(name, tensor, like);
   check_dtype(name, tensor, like.scalar_type());
   const int64_t side = side_of(channels);
@@ -77,6 +83,7 @@ inline void check_fragments(const Tensor& fragments, int64_t elements, const Ten
 
 inline void check_images(const Tensor& images) {
   check_tensor("images", images, {"N", "C", "H", "W"});
+  check_batch("images", images);
   check_shape("images", images, {images.size(0), 4, 32, 32});
   check_channels_last("images", images);
   check_aligned("images", images, 8);
@@ -88,7 +95,6 @@ inline int check_blocks(int64_t blocks) {
 }
 
 inline int batch_of(const Tensor& tensor) {
-  check(tensor.size(0) <= 65535, "images must be 1 .. 65535, got ", tensor.size(0));
   return static_cast<int>(tensor.size(0));
 }
 

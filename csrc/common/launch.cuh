@@ -13,6 +13,7 @@ struct LaunchShape {
   // start while the kernel before still runs; ignored by code for less than sm_90
   bool overlap;
   void* stream;
+  int rows = 1;  // of so many blocks each
 };
 
 // Drivers of CUDA 12.3 and later: before, a CUDA graph could not say that kernels overlap.
@@ -34,7 +35,7 @@ int launch(void (*kernel)(Params), const Params& params, const LaunchShape& shap
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(shape.blocks);
+  config.gridDim = dim3(shape.blocks, shape.rows);
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(shape.stream);

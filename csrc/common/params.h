@@ -1,8 +1,9 @@
 // What the kernels' arguments have in common, for code that knows nothing of CUDA.
 //
 // All functions that launch a kernel queue their work on `stream` (a cudaStream_t) and return a
-// status: 0, a positive cudaError_t, or a negative BadArgument. They check what would read or
-// write out of bounds, nothing else.
+// status: 0, a positive cudaError_t, or kNoKernel. They check nothing else: bindings/ does, before
+// it calls them. `batch` is 1 .. 65535, so that offsets in bytes fit in 31 bits, and `blocks` at
+// least 1.
 //
 // Activations are channels-last 16-bit tensors, 16-byte aligned, of one of three stages:
 //   stage 1: [N, 32, 32, 16]    stage 2: [N, 16, 16, 32]    stage 3: [N, 8, 8, 64]
@@ -16,30 +17,8 @@ namespace cifar_resnet_fast {
 
 enum class Dtype { kFloat16, kBFloat16 };
 
-enum BadArgument : int {
-  kBadImages = -1,
-  kBadShape = -2,
-  kBadBlocks = -3,
-  kBadShortcut = -4,
-  kBadPointer = -5,
-};
-
-inline const char* bad_argument_text(int status) {
-  switch (status) {
-    case kBadImages:
-      return "images must be 1 .. 65535";
-    case kBadShape:
-      return "channels must be 16, 32 or 64 at stride 1, and 16 or 32 at stride 2";
-    case kBadBlocks:
-      return "blocks must be at least 1";
-    case kBadShortcut:
-      return "the shortcut must be of the same stage or, with more than 16 channels, option A's";
-    case kBadPointer:
-      return "a pointer that the kernel needs is null";
-    default:
-      return "unknown status";
-  }
-}
+// what a function returns that has no kernel compiled for such channels and stride
+constexpr int kNoKernel = -1;
 
 // Batch normalisation of y from sums of y and y * y. Block 0 writes `norm` and the running
 // values.

@@ -15,11 +15,11 @@ template <class... S>
 struct ShapeList {};
 using Shapes = ShapeList<Shape<16, 1>, Shape<32, 1>, Shape<64, 1>, Shape<16, 2>, Shape<32, 2>>;
 
-// use(shape) for the one of `Shapes` that has these channels and this stride; kBadShape if there
-// is none.
+// use(shape) for the one of `Shapes` that has these channels and this stride; kNoKernel if
+// there is none.
 template <class Use, class... S>
 int with_shape(int channels, int stride, Use use, ShapeList<S...>) {
-  int status = kBadShape;
+  int status = kNoKernel;
   const auto tried = [&](auto shape) {
     if (channels != shape.kChannels || stride != shape.kStride) return false;
     status = use(shape);

@@ -35,6 +35,13 @@ DEVICE int block_index() {
 DEVICE int block_count() {
   return gridDim.x;
 }
+// of the rows that blocks may lie in, see LaunchShape
+DEVICE unsigned block_row() {
+  return blockIdx.y;
+}
+DEVICE unsigned block_rows() {
+  return gridDim.y;
+}
 
 // ---- global memory ----
 
@@ -46,6 +53,12 @@ DEVICE uint4 load_16_bytes(const void* p) {
 // assembler moves behind `wait_for_kernel_before`
 DEVICE uint4 load_16_bytes_constant(const void* p) {
   return *static_cast<const uint4*>(p);
+}
+// for data that nothing writes while the kernel runs, in kernels that do not start while the one
+// before still runs
+template <class V>
+DEVICE V load_read_only(const V* p) {
+  return __ldg(p);
 }
 DEVICE uint2 load_8_bytes(const void* p) {
   return __ldcg(static_cast<const uint2*>(p));
@@ -61,6 +74,10 @@ DEVICE unsigned load_byte(const unsigned char* p) {
 }
 DEVICE void store_byte(unsigned char* p, unsigned v) {
   *p = static_cast<unsigned char>(v);
+}
+template <class V>
+DEVICE void store(V* p, V v) {
+  *p = v;
 }
 DEVICE void store_float(float* p, float v) {
   *p = v;

@@ -68,17 +68,6 @@ int conv3x3_backward_rows(int channels, int stride, int blocks, int batch) {
 
 int conv3x3_backward(const BackwardParams& p, Dtype dtype, int channels, int stride, int blocks,
                      bool overlap, void* stream) {
-  if (p.batch < 1 || p.batch > 65535) return kBadImages;
-  if (blocks < 1) return kBadBlocks;
-  const BatchNormBackward& n = p.bn;
-  const bool b1 = p.residual != nullptr;
-  if (p.dz == nullptr || p.y == nullptr || p.input == nullptr || p.fragments == nullptr ||
-      p.out == nullptr || p.out_sums == nullptr || p.slabs == nullptr || n.sums == nullptr ||
-      n.weight == nullptr || n.norm == nullptr || n.dweight == nullptr || n.dbias == nullptr ||
-      p.norm_before == nullptr || (b1 && p.y_before == nullptr) ||
-      (p.before.slabs != nullptr && p.before.dweight == nullptr)) {
-    return kBadPointer;
-  }
   return with_shape(channels, stride, [&](auto shape) {
     return with_type(dtype, [&](auto type) -> int {
       using S = decltype(shape);
@@ -89,7 +78,7 @@ int conv3x3_backward(const BackwardParams& p, Dtype dtype, int channels, int str
       if constexpr (S::kStride == 1) {
         return launch_backward<T, S::kChannels, S::kStride, false>(p, blocks, overlap, stream);
       } else {
-        return kBadPointer;  // the first convolution of a block, so it has a residual
+        return kNoKernel;  // the first convolution of a block, so it has a residual
       }
     });
   });

@@ -10,9 +10,8 @@ namespace cifar_resnet_fast {
 // prototypes have for them:
 //   forward_first    F1  x = relu(norm(y) + shortcut); out = conv(x)
 //   forward_second   F2  out = conv(relu(norm(y)))
-//   backward_second  B2  out = conv_T(dy) where norm(input) > 0, else 0;      a =
-//   relu(norm(input)) backward_first   B1  out = conv_T(dy) + residual where input > 0, else 0; a
-//   = input
+//   backward_second  B2  a = relu(norm(input)); out = conv_T(dy) where a > 0, else 0
+//   backward_first   B1  a = input; out = conv_T(dy) + residual where a > 0, else 0
 // dy is the gradient of y = conv(a) through its batch normalisation, from dz; both backward
 // kernels make slabs of dweight, the sum over pixels of a times dy. At stride 2 the residual is
 // option A's.

@@ -1,9 +1,9 @@
 // Convolutions of evaluation; conv3x3.h says what they compute.
 //
-// Units, groups and convolution warps are those of forward.cuh. Nothing is normalised on load,
-// so the producers copy finished rows straight into a ring of haloed rows, several steps ahead. At
-// barrier k the rows of step k are there, and those of step k - 1 have been read: their place is
-// filled next.
+// Image groups, groups and convolution warps are those of forward.cuh. Nothing is normalised on
+// load, so the producers copy finished rows straight into a ring of haloed rows, several steps
+// ahead. At barrier k the rows of step k are there, and those of step k - 1 have been read: their
+// place is filled next.
 #include "common/launch.cuh"
 #include "common/shapes.cuh"
 #include "conv3x3/forward.cuh"
@@ -183,13 +183,6 @@ __global__ void __launch_bounds__(G::kThreads, 1) conv3x3_evaluate_kernel(Evalua
 
 int conv3x3_evaluate(const EvaluateParams& p, Dtype dtype, int channels, int stride, int blocks,
                      bool overlap, void* stream) {
-  if (p.batch < 1 || p.batch > 65535) return kBadImages;
-  if (blocks < 1) return kBadBlocks;
-  if (p.x == nullptr || p.fragments == nullptr || p.bias == nullptr || p.out == nullptr ||
-      (p.shortcut_kind != Shortcut::kNone && p.shortcut == nullptr)) {
-    return kBadPointer;
-  }
-  if (p.shortcut_kind == Shortcut::kOptionA && channels * stride == 16) return kBadShortcut;
   return with_shape(channels, stride, [&](auto shape) {
     return with_type(dtype, [&](auto type) {
       using G = EvaluateGeometry<shape.kChannels, shape.kStride>;

@@ -52,20 +52,6 @@ int launch_forward(const ForwardParams& p, int blocks, bool overlap, void* strea
 
 int conv3x3_forward(const ForwardParams& p, Dtype dtype, int channels, int stride, int blocks,
                     bool overlap, void* stream) {
-  if (p.batch < 1 || p.batch > 65535) return kBadImages;
-  if (blocks < 1) return kBadBlocks;
-  const BatchNormForward& n = p.bn;
-  for (const void* needed :
-       {p.y, p.fragments, static_cast<const void*>(p.out), static_cast<const void*>(p.out_sums),
-        static_cast<const void*>(n.sums), static_cast<const void*>(n.weight),
-        static_cast<const void*>(n.bias), static_cast<const void*>(n.running_mean),
-        static_cast<const void*>(n.running_var), static_cast<const void*>(n.norm)}) {
-    if (needed == nullptr) return kBadPointer;
-  }
-  if (p.x != nullptr && p.shortcut_kind != Shortcut::kNone && p.shortcut == nullptr) {
-    return kBadPointer;
-  }
-  if (p.shortcut_kind == Shortcut::kOptionA && channels == 16) return kBadShortcut;
   return with_shape(channels, stride, [&](auto shape) {
     return with_type(dtype, [&](auto type) -> int {
       using S = decltype(shape);
@@ -76,7 +62,7 @@ int conv3x3_forward(const ForwardParams& p, Dtype dtype, int channels, int strid
       if constexpr (S::kStride == 1) {
         return launch_forward<T, S::kChannels, S::kStride, false>(p, blocks, overlap, stream);
       } else {
-        return kBadPointer;  // the first convolution of a block, so it finishes x
+        return kNoKernel;  // the first convolution of a block, so it finishes x
       }
     });
   });

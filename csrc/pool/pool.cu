@@ -169,15 +169,6 @@ __global__ void __launch_bounds__(kThreads, 2) pool_backward_kernel(PoolBackward
 }  // namespace
 
 int pool_forward(const PoolForwardParams& p, Dtype dtype, int blocks, bool overlap, void* stream) {
-  if (p.batch < 1 || p.batch > 65535) return kBadImages;
-  if (blocks < 1) return kBadBlocks;
-  if (p.shortcut_kind == Shortcut::kNone) return kBadShortcut;
-  const BatchNormForward& n = p.bn;
-  if (p.y == nullptr || p.shortcut == nullptr || p.mask == nullptr || p.pooled == nullptr ||
-      n.sums == nullptr || n.weight == nullptr || n.bias == nullptr || n.running_mean == nullptr ||
-      n.running_var == nullptr || n.norm == nullptr) {
-    return kBadPointer;
-  }
   const LaunchShape shape = {blocks, kThreads, kForwardBytes, overlap, stream};
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
@@ -188,12 +179,6 @@ int pool_forward(const PoolForwardParams& p, Dtype dtype, int blocks, bool overl
 
 int pool_backward(const PoolBackwardParams& p, Dtype dtype, int blocks, bool overlap,
                   void* stream) {
-  if (p.batch < 1 || p.batch > 65535) return kBadImages;
-  if (blocks < 1) return kBadBlocks;
-  if (p.dpooled == nullptr || p.mask == nullptr || p.y == nullptr || p.norm == nullptr ||
-      p.dz == nullptr || p.dz_sums == nullptr) {
-    return kBadPointer;
-  }
   const LaunchShape shape = {blocks, kThreads, kBackwardBytes, overlap, stream};
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);

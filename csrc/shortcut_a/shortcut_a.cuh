@@ -73,33 +73,39 @@ inline ShortcutA make_shortcut_a(int64_t N, int64_t H, int64_t W, int64_t C, int
   return s;
 }
 
-constexpr uint32_t NOWHERE = 0xffffffffu;
+constexpr uint32_t kNowhere = 0xffffffffu;
 
-// Forward: which chunk of x's image the chunk of the shortcut's image repeats, NOWHERE where zero.
+// Forward: which chunk of x's image the chunk of the shortcut's image repeats, kNowhere where
+// zero.
 HOST_DEVICE uint32_t chunk_in_x(const ShortcutA& s, uint32_t out_chunk) {
   const uint32_t pixel = s.by_out_channels.quotient(out_chunk);
   // a new channel in front wraps round to a large number and fails the same comparison
   const uint32_t channel = out_chunk - pixel * s.out_channels - s.leading_channels;
-  if (channel >= s.x_channels) return NOWHERE;
+  if (channel >= s.x_channels) return kNowhere;
   const uint32_t ho = s.by_Wo.quotient(pixel), wo = pixel - ho * s.Wo;
   const uint32_t x_pixel = (ho << s.stride_log2) * s.W + (wo << s.stride_log2);
   return x_pixel * s.x_channels + channel;
 }
 
-// Backward: which chunk of the shortcut's image repeats the chunk of x's image, NOWHERE where
+// Backward: which chunk of the shortcut's image repeats the chunk of x's image, kNowhere where
 // none.
 HOST_DEVICE uint32_t chunk_in_out(const ShortcutA& s, uint32_t x_chunk) {
   const uint32_t pixel = s.by_x_channels.quotient(x_chunk);
   const uint32_t channel = x_chunk - pixel * s.x_channels + s.leading_channels;
   const uint32_t h = s.by_W.quotient(pixel), w = pixel - h * s.W;
-  if ((h | w) & s.stride_log2) return NOWHERE;  // stride 2: an odd row or column
+  if ((h | w) & s.stride_log2) return kNowhere;  // stride 2: an odd row or column
   const uint32_t out_pixel = (h >> s.stride_log2) * s.Wo + (w >> s.stride_log2);
   return out_pixel * s.out_channels + channel;
 }
 
+struct ShortcutAParams {
+  ShortcutA shape;
+  const void* from;  // x, or dout
+  void* to;          // the shortcut, or dx
+};
+
 // out = shortcut_a(x), or with `backward` dx from dout: a gather in both directions, every chunk
-// of the result written once. chunk_bytes: 2, 4, 8 or 16. Returns a cudaError_t.
-int launch_shortcut_a(const ShortcutA& shape, bool backward, size_t chunk_bytes, const void* from,
-                      void* to, void* stream);
+// of the result written once. chunk_bytes: 2, 4, 8 or 16. Returns 0 or a cudaError_t.
+int launch_shortcut_a(const ShortcutAParams& p, bool backward, size_t chunk_bytes, void* stream);
 
 }  // namespace cifar_resnet_fast

@@ -311,12 +311,6 @@ __global__ void __launch_bounds__(kThreads) sum_slabs_kernel(SlabSum slabs) {
 }  // namespace
 
 int stem_forward(const StemForwardParams& p, Dtype dtype, int blocks, bool overlap, void* stream) {
-  if (p.batch < 1 || p.batch > 65535) return kBadImages;
-  if (blocks < 1) return kBadBlocks;
-  if (p.images == nullptr || p.fragments == nullptr || p.y == nullptr ||
-      (p.bias == nullptr && p.y_sums == nullptr)) {
-    return kBadPointer;
-  }
   const LaunchShape shape = {blocks, kThreads, kWarps * kWarpSumBytes, overlap, stream};
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
@@ -327,22 +321,12 @@ int stem_forward(const StemForwardParams& p, Dtype dtype, int blocks, bool overl
 
 int stem_backward(const StemBackwardParams& p, Dtype dtype, int blocks, bool overlap,
                   void* stream) {
-  if (p.batch < 1 || p.batch > 65535) return kBadImages;
-  if (blocks < 1) return kBadBlocks;
-  const BatchNormBackward& n = p.bn;
-  if (p.dz == nullptr || p.y == nullptr || p.images == nullptr || p.slabs == nullptr ||
-      n.sums == nullptr || n.weight == nullptr || n.norm == nullptr || n.dweight == nullptr ||
-      n.dbias == nullptr || (p.before.slabs != nullptr && p.before.dweight == nullptr)) {
-    return kBadPointer;
-  }
   const LaunchShape shape = {blocks, kThreads, kBackwardBytes, overlap, stream};
   return with_type(
       dtype, [&](auto type) { return launch(stem_backward_kernel<decltype(type)>, p, shape); });
 }
 
 int sum_slabs(const SlabSum& slabs, int blocks, bool overlap, void* stream) {
-  if (blocks < 1) return kBadBlocks;
-  if (slabs.slabs == nullptr || slabs.dweight == nullptr) return kBadPointer;
   return launch(sum_slabs_kernel, slabs, {blocks, kThreads, kWarps * 64, overlap, stream});
 }
 

@@ -119,7 +119,6 @@ TrainedLayer trained(const LayerWeights& layer) {
 }  // namespace
 
 int prepare_weights(const LayerWeights* layers, int count, Dtype dtype, void* stream) {
-  if (layers == nullptr) return kBadPointer;
   const LayerWeights* const end = layers + count;
   const bool folds = std::any_of(
       layers, end, [](const LayerWeights& layer) { return layer.bn_weight != nullptr; });

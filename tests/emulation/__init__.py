@@ -1,7 +1,7 @@
 """The CUDA kernels on a CPU: csrc/*/*.cu compiled by the C++ compiler against emulator.h.
 
-``load()`` builds those that launch through launch.cuh, once a change of the sources, and gives the
-``Kernels``; ``load_operations()`` gives CPU tensors the operations that torch calls them by.
+``load()`` builds them once a change of the sources, and gives the ``Kernels``;
+``load_operations()`` gives CPU tensors the operations that torch calls them by.
 """
 
 import ctypes
@@ -71,7 +71,27 @@ class Kernels:
             size = tensor.numel() * tensor.element_size()
             self.library.emulated_allow(tensor.data_ptr(), size, writable)
         run = getattr(self.library, f"emulated_{function}")
-        status = run(ctypes.byref(params), DTYPES[dtype], *sizes)
+        return self._ended(run(ctypes.byref(params), DTYPES[dtype], *sizes))
+
+    def shortcut_a(self, shape: Sequence[int], backward: bool, given: Tensor, made: Tensor):
+        """Fills the shortcut ``made`` from x, or backward dx from dout; all channels-last.
+
+        Args:
+            shape: N, C, H, W of x, K of the shortcut, stride
+            backward: whether ``given`` is dout
+        """
+        N, C, H, W, K, stride = shape
+        size = given.itemsize
+        wide = C * size % 16 == 0 and (K - C) // 2 * size % 16 == 0  # as bindings/operations.h
+        chunk_bytes = 16 if wide else size
+        sizes = (ctypes.c_longlong * 7)(N, H, W, C, K, stride, chunk_bytes // size)
+        for tensor, writable in ((given, False), (made, True)):
+            self.library.emulated_allow(tensor.data_ptr(), tensor.nbytes, writable)
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (given, made)]
+        run = self.library.emulated_shortcut_a
+        return self._ended(run(sizes, int(backward), chunk_bytes, *pointers))
+
+    def _ended(self, status: int) -> int:
         self.library.emulated_forbid_all()
         if status == FAILED:
             raise RuntimeError(self.library.emulated_failure().decode())
@@ -115,8 +135,7 @@ def _structures(library) -> tuple[dict[str, type], dict[tuple[str, str], bool]]:
 @functools.cache
 def load() -> Kernels:
     """The kernels, built in a temporary folder that outlives the session."""
-    units = [HERE / "emulator.cpp", HERE / "bindings.cpp"]
-    units += [unit for unit in SOURCES.glob("*/*.cu") if '"common/launch.cuh"' in unit.read_text()]
+    units = [HERE / "emulator.cpp", HERE / "bindings.cpp", *SOURCES.glob("*/*.cu")]
     flags = [f"-I{HERE}", "-x", "c++", "-include", str(HERE / "emulator.h")]
     return Kernels(ctypes.CDLL(str(_build("emulated_kernels.so", units, flags))))
 

@@ -7,6 +7,7 @@
 #include "conv3x3/conv3x3.h"
 #include "engine.h"
 #include "pool/pool.h"
+#include "shortcut_a/shortcut_a.cuh"
 #include "stem/stem.h"
 #include "weights/weights.h"
 
@@ -211,6 +212,15 @@ int emulated_sum_slabs(const SlabSum* slabs, int, int blocks) {
 }
 int emulated_prepare_weights(const LayerWeights* layer, int dtype) {
   return guarded([&] { return prepare_weights(layer, 1, static_cast<Dtype>(dtype), nullptr); });
+}
+// sizes: N, H, W, C, K, stride and the elements of a chunk
+int emulated_shortcut_a(const long long* sizes, int backward, int chunk_bytes, const void* from,
+                        void* to) {
+  return guarded([&] {
+    const ShortcutA shape =
+        make_shortcut_a(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]);
+    return launch_shortcut_a({shape, from, to}, backward != 0, chunk_bytes, nullptr);
+  });
 }
 
 }  // extern "C"

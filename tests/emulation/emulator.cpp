@@ -93,7 +93,7 @@ std::vector<unsigned char> shared;
 std::vector<Word> words;  // of shared
 const std::function<void()>* kernel;
 Lane* current;
-int block, blocks, last_warp;
+int block, blocks, rows_of_blocks, last_warp;
 bool overlapped;
 jmp_buf scheduler;
 std::exception_ptr failure;
@@ -242,7 +242,13 @@ int thread_index() {
   return current->thread;
 }
 int block_index() {
-  return block;
+  return block % blocks;
+}
+unsigned block_row() {
+  return block / blocks;
+}
+unsigned block_rows() {
+  return rows_of_blocks;
 }
 int block_count() {
   return blocks;
@@ -400,9 +406,10 @@ int run_blocks(const LaunchShape& shape, const std::function<void()>& body) {
   }
   kernel = &body;
   blocks = shape.blocks;
+  rows_of_blocks = shape.rows;
   overlapped = shape.overlap;
   for (Range& range : ranges) std::fill(range.touched.begin(), range.touched.end(), 0);
-  for (block = 0; block < shape.blocks; ++block) {
+  for (block = 0; block < shape.blocks * shape.rows; ++block) {
     shared.assign(shape.shared_bytes, kPoison);
     words.assign((shape.shared_bytes + 3) / 4, Word());
     lanes.assign(shape.threads, Lane());

@@ -53,6 +53,8 @@ namespace cifar_resnet_fast {
 int thread_index();
 int block_index();
 int block_count();
+unsigned block_row();
+unsigned block_rows();
 enum class Access { kRead, kWrite, kReadConstant };
 void* checked_global(const void* p, size_t bytes, Access access);
 // by the running lane, or by one of the 32 of its warp
@@ -81,6 +83,7 @@ struct LaunchShape {
   int shared_bytes;
   bool overlap;
   void* stream;
+  int rows = 1;
 };
 // 0; throws what the checks above find
 int run_blocks(const LaunchShape& shape, const std::function<void()>& kernel);
@@ -112,6 +115,10 @@ inline uint4 load_16_bytes(const void* p) {
 inline uint4 load_16_bytes_constant(const void* p) {
   return load_global<uint4>(p, Access::kReadConstant);
 }
+template <class V>
+V load_read_only(const V* p) {
+  return load_global<V>(p);
+}
 inline uint2 load_8_bytes(const void* p) {
   return load_global<uint2>(p);
 }
@@ -126,6 +133,10 @@ inline unsigned load_byte(const unsigned char* p) {
 }
 inline void store_byte(unsigned char* p, unsigned v) {
   store_global(p, static_cast<unsigned char>(v));
+}
+template <class V>
+void store(V* p, V v) {
+  store_global(p, v);
 }
 inline void store_float(float* p, float v) {
   store_global(p, v);

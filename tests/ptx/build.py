@@ -111,7 +111,7 @@ def launchers(architecture: int) -> Path:
     if not cuda.exists():
         cuda = Path("/usr/local/cuda/include")
     units = sorted(ptxas_report.sources(), key=lambda unit: -unit.stat().st_size)
-    ours = [INTERPRETER / "runtime.cpp", emulation.HERE / "bindings.cpp", HERE / "shortcuts.cpp"]
+    ours = [INTERPRETER / "runtime.cpp", emulation.HERE / "bindings.cpp"]
 
     def build(folder: Path) -> None:
         commands, objects = [], []

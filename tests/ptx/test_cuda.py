@@ -3,19 +3,15 @@
 The cases are those of the emulated tests, whose functions run here on the interpreter.
 """
 
-import ctypes
-
 import pytest
 import test_conv3x3_emulated as convolutions
 import test_evaluate_emulated as evaluation
 import test_pool_emulated as pool
-import test_stage_border as border
+import test_shortcut_a_emulated as shortcuts
 import test_stem_emulated as stem
 import torch
 from emulation.checks import DTYPES, fragments
 
-from cifar_resnet_fast import reference
-from cifar_resnet_fast.verification.budget import assert_within_budget
 from ptx import cuda
 
 BATCHES = {1: 2, 3: 1, 5: 2}  # batch: blocks
@@ -34,16 +30,6 @@ EVALUATE = [  # C, stride, shortcut
     *[(C, 1, kind) for C in (32, 64) for kind in ("none", "identity", "option_a")],
     *[(C, 2, "none") for C in (16, 32)],
 ]
-SHAPES = {  # N, C, H, W, K, stride
-    "first-border": (3, 16, 32, 32, 32, 2),
-    "second-border": (2, 32, 16, 16, 64, 2),
-    "one-image-of-odd-size": (1, 16, 7, 5, 32, 2),
-    "channels-not-of-16-bytes": (2, 6, 8, 6, 10, 2),
-    "stride-1": (2, 16, 5, 6, 48, 1),
-    "rows-that-leave-threads-over": (5, 24, 14, 10, 72, 2),
-    "more-channels-than-one-group": (2, 264, 4, 4, 520, 2),
-}
-ELEMENTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # as enum ElementType
 ORDER = "every"  # of the warps: cuda.Kernels runs them all
 
 in_both_types = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,78 +133,7 @@ def test_weights(kernels, K, C, last, dtype):
     assert torch.equal(made["backward"], lane_weights(mirrored))
 
 
-class Shortcut:
-    """The launchers of shortcuts.cpp, for one shape and dtype."""
-
-    def __init__(self, kernels, shape, dtype):
-        self.kernels = kernels
-        N, C, H, W, K, stride = shape
-        size = dtype.itemsize
-        wide = C * size % 16 == 0 and (K - C) // 2 * size % 16 == 0
-        self.unit_bytes = 16 if wide else size
-        self.sizes = (ctypes.c_longlong * 7)(N, H, W, C, K, stride, self.unit_bytes // size)
-
-    def rows(self) -> int:
-        """Of the partial sums of the stage border's backward."""
-        return self.kernels.library.ptx_stage_border_rows(self.sizes)
-
-    def call(self, function: str, read, written, *numbers: int) -> None:
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in [*read, *written]]
-        if function != "ptx_shortcut_a":
-            pointers = [(ctypes.c_void_p * len(pointers))(*pointers)]
-        for tensors, writable in ((read, False), (written, True)):
-            for tensor in tensors:
-                self.kernels.library.emulated_allow(tensor.data_ptr(), tensor.nbytes, writable)
-        launcher = getattr(self.kernels.library, function)
-        status = self.kernels.in_every_order(
-            function, written, lambda: launcher(self.sizes, *numbers, self.unit_bytes, *pointers)
-        )
-        self.kernels.library.emulated_forbid_all()
-        assert status == 0
-
-
-def nan_like(tensor):
-    return torch.full_like(tensor, float("nan"))
-
-
-@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", shortcuts.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", shortcuts.SHAPES.values(), ids=shortcuts.SHAPES)
 def test_shortcut_a(kernels, shape, dtype):
-    N, C, H, W, K, stride = shape
-    y, *_, x, dout = border.arguments(*shape, dtype)
-    x.requires_grad_()
-    expected = reference.shortcut_a(x, K, stride)
-    (expected_dx,) = torch.autograd.grad(expected, x, dout)
-    shortcut = Shortcut(kernels, shape, dtype)
-    out, dx = nan_like(y), nan_like(x)
-    shortcut.call("ptx_shortcut_a", [x], [out], 0)
-    shortcut.call("ptx_shortcut_a", [dout], [dx], 1)
-    assert torch.equal(out, expected)
-    assert torch.equal(dx, expected_dx)
-
-
-@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_stage_border(kernels, shape, dtype):
-    stride = shape[-1]
-    tensors = y, scale, shift, x, dout = border.arguments(*shape, dtype)
-    shortcut, kind = Shortcut(kernels, shape, dtype), ELEMENTS.index(dtype)
-    out, dy, dx, dscale, dshift = (nan_like(t) for t in (y, y, x, scale, shift))
-    shortcut.call("ptx_stage_border", [y, scale, shift, x], [out], kind)
-    partial = torch.full((shortcut.rows(), 2, len(scale)), float("nan"), dtype=scale.dtype)
-    written = [dy, dscale, dshift, dx, partial]
-    shortcut.call("ptx_stage_border_backward", [dout, out, y, scale], written, kind)
-    expected, eager = border.run(reference.stage_border, tensors, stride)
-    assert torch.equal(out, expected)
-    assert torch.equal(dy, eager[0])
-    assert torch.equal(dx, eager[3])
-    dz = dout.double() * (out > 0)
-    for name, ours, theirs, terms in (
-        ("dscale", dscale, eager[1], dz * y.double()),
-        ("dshift", dshift, eager[2], dz),
-    ):
-        if dtype == torch.float64:  # nothing is more exact here: the order of additions is left
-            allowed = terms.abs().sum((0, 2, 3)) * terms[:, 0].numel() * torch.finfo(dtype).eps
-            assert ((ours - terms.sum((0, 2, 3))).abs() <= allowed).all(), name
-        else:
-            assert_within_budget(name, ours, theirs, terms.sum((0, 2, 3)))
+    shortcuts.test_shortcut_a(kernels, shape, ORDER, dtype)
