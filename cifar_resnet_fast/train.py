@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -58,9 +59,11 @@ from cifar_resnet_fast.training.evaluate import (
     write_predictions,
 )
 from cifar_resnet_fast.training.folder import hold, is_free
+from cifar_resnet_fast.training.logbook import CURVES
 from cifar_resnet_fast.training.many import train_many
 from cifar_resnet_fast.training.memory import BatchTooLargeError
 from cifar_resnet_fast.training.run import (
+    CHECKPOINT,
     IMAGENET_STATISTICS,
     Run,
     RunData,
@@ -234,7 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
             processes = Processes(_device_name(config), config.timeout)
             job = _prepared(config, given, processes, held)
         if not job.config.several:
-            _train(job, bad_input=_bad_input_exits)
+            result = _train(job, bad_input=_bad_input_exits)
+            if processes.rank == 0:
+                print("\n".join(_afterwards(result.folder, job.config, processes.count)))
             return 0
         results = _train_several(job, bad_input=_bad_input_exits)
         if processes.rank == 0:
@@ -268,6 +273,39 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         held.close()
     return 0
+
+
+def _afterwards(folder: Path, config: TrainConfig, processes: int) -> list[str]:
+    """What the run in ``folder`` has left, and the three commands that a user tries next, as they
+    can be copied into a shell."""
+    python = shlex.quote(_shortest(sys.executable))
+    where, checkpoint = (shlex.quote(str(path)) for path in (folder, folder / CHECKPOINT))
+    data = ""
+    if config.data_root != str(Path(TrainConfig().data_root).absolute()):
+        data += f" {flag_of('data_root')} {shlex.quote(_shortest(config.data_root))}"
+    if config.limit is not None:
+        data += f" {flag_of('limit')} {config.limit}"
+    evaluate = f"{flag_of('eval')} {checkpoint}{data}"
+    further = f"{flag_of('resume')} {where} {flag_of('epochs')} {2 * config.epochs}"
+    commands = {"accuracy by class": f"{python} -m cifar_resnet_fast.train {evaluate}"}
+    if _why_not_longer(config) is None and processes == 1:
+        commands["train on"] = f"{python} -m cifar_resnet_fast.train {further}"
+    else:
+        commands["use in Python"] = f"FastResNet.from_pretrained({str(folder)!r})"
+    commands["to ONNX"] = f"{python} -m cifar_resnet_fast.export {checkpoint} --to onnx"
+    return [
+        f"curves: {folder / CURVES}",
+        f"checkpoint: {folder / CHECKPOINT}",
+        "what you can do next:",
+        *(f"  {purpose + ':':18} {command}" for purpose, command in commands.items()),
+    ]
+
+
+def _shortest(path: str) -> str:
+    """``path`` as it is reached from the working folder, if it lies within."""
+    with contextlib.suppress(ValueError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
 
 
 def _print_error(message: str) -> None:
@@ -512,18 +550,24 @@ def _resumed(folder: Path, given: dict, held: contextlib.ExitStack) -> TrainConf
         raise ValueError(
             f"epochs must be at least the resumed run's {begun.epochs}, got {given['epochs']}"
         )
-    if given.get("epochs", begun.epochs) > begun.epochs:
-        if begun.schedule != "step":
-            bound = f"schedule {begun.schedule}"
-        else:
-            bound = f"{flag_of('unmixed_epochs')} {begun.unmixed_epochs}"
-        if begun.schedule != "step" or begun.unmixed_epochs:
-            raise ValueError(
-                f"epochs must be left out or be the resumed run's {begun.epochs}, to which its "
-                f"{bound} is fitted, got {given['epochs']}"
-            )
+    bound = _why_not_longer(begun)
+    if given.get("epochs", begun.epochs) > begun.epochs and bound is not None:
+        raise ValueError(
+            f"epochs must be left out or be the resumed run's {begun.epochs}, to which its "
+            f"{bound} is fitted, got {given['epochs']}"
+        )
     free = {name: given[name] for name in _FREE_ON_RESUME & given.keys()}
     return _with_precision(replace(begun, **free))
+
+
+def _why_not_longer(config: TrainConfig) -> str | None:
+    """The setting that is fitted to the number of epochs, if there is one: such a run cannot be
+    resumed with more of them."""
+    if config.schedule != "step":
+        return f"schedule {config.schedule}"
+    if config.unmixed_epochs:
+        return f"{flag_of('unmixed_epochs')} {config.unmixed_epochs}"
+    return None
 
 
 def _check_free(folder: Path) -> None:

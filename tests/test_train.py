@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 import torch
 from rehearsal import Rehearsal
 
-from cifar_resnet_fast import FastResNet, load_checkpoint
+from cifar_resnet_fast import FastResNet, export, load_checkpoint
 from cifar_resnet_fast.train import main
 from cifar_resnet_fast.training.config import TrainConfig, parse_flags
 from cifar_resnet_fast.training.engine import Engine
@@ -92,6 +93,45 @@ def test_run_folder(finished):
         assert 0 <= row["train_accuracy"] <= 1
         assert row["train_loss"] > 0
         assert row["images_per_second"] > 0
+
+
+def commands_in(shown):
+    """What the end of a training proposes, by its purpose."""
+    lines = shown[shown.index("what you can do next:") :].splitlines()[1:]
+    return {p.strip(): command.strip() for p, command in (line.split(":", 1) for line in lines)}
+
+
+def test_what_a_run_proposes_at_its_end_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("--data-root", "images of mine", out="a run")
+    shown = capsys.readouterr().out
+    assert "\ncurves: a run/curves.png\ncheckpoint: a run/checkpoint.pt\n" in shown
+    commands = commands_in(shown)
+    assert list(commands) == ["accuracy by class", "train on", "to ONNX"]
+    words = {purpose: shlex.split(command) for purpose, command in commands.items()}
+    assert all(w[:2] == [sys.executable, "-m"] for w in words.values())
+    assert [w[2] for w in words.values()] == [
+        "cifar_resnet_fast.train",
+        "cifar_resnet_fast.train",
+        "cifar_resnet_fast.export",
+    ]
+    rows = metrics(tmp_path / "a run")
+    assert words["accuracy by class"][5:7] == ["--data-root", "images of mine"]
+    assert main(words["accuracy by class"][3:]) == 0
+    assert f"test accuracy {100 * rows[-1]['test_accuracy']:.2f} %" in capsys.readouterr().out
+    assert export.main(words["to ONNX"][3:]) == 0
+    assert (tmp_path / "checkpoint.onnx").is_file()
+    assert main(words["train on"][3:]) == 0
+    assert len(metrics(tmp_path / "a run")) == 6
+
+
+def test_a_run_that_cannot_be_lengthened_does_not_propose_it(tmp_path, capsys):
+    out = run("--schedule", "cosine", out=tmp_path / "run")
+    commands = commands_in(capsys.readouterr().out)
+    assert list(commands) == ["accuracy by class", "use in Python", "to ONNX"]
+    namespace = {"FastResNet": FastResNet}
+    assert eval(commands["use in Python"], namespace).depth == 8
+    assert str(out) in commands["use in Python"]
 
 
 def steps_of_trace(folder):

@@ -54,6 +54,7 @@ else:
         with contextlib.suppress(ValueError):
             matplotlib.rcParams["backend"] = _backend  # as its import would have set it
 
+CURVES = "curves.png"
 _CURVES_EVERY_SECONDS = 60.0  # drawing takes about half a second
 
 
@@ -167,7 +168,7 @@ class Logbook:
         self._console.print(self._label + line, markup=False, highlight=False, soft_wrap=True)
 
     def _draw_curves(self) -> None:
-        draw_curves(self.folder / "curves.png", self.rows, self._title, self._evaluated)
+        draw_curves(self.folder / CURVES, self.rows, self._title, self._evaluated)
         self._curves_drawn = time.monotonic()
 
 

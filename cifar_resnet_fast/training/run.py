@@ -39,7 +39,7 @@ _SHOW_EVERY_SECONDS = 0.2
 _SAVE_EVERY_SECONDS = 10.0  # an epoch can take less time than a checkpoint's way to the disk
 _AGREE_EVERY_STEPS = 8
 _MOST_STEPS = 2**24  # which float32 counts, and whose learning rates fit into memory
-_CHECKPOINT, _TRACE = "checkpoint.pt", "trace.json"
+CHECKPOINT, _TRACE = "checkpoint.pt", "trace.json"
 IMAGENET_STATISTICS = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
 
 
@@ -203,13 +203,13 @@ class Run:
             self._said.append(f"layers run one by one, not as one operation: {reason}")
         self.accuracy: float | None = None  # at the end, 0 .. 1; None if nothing was evaluated
         processes.any(False)  # what the first one did in the folder before is done
-        if os.path.lexists(folder / _CHECKPOINT):
+        if os.path.lexists(folder / CHECKPOINT):
             self._load()
         elif processes.rank == 0 and len(read_metrics(folder)[0]) > 1:
             # after the first row a checkpoint is written, before the second one
             raise ValueError(
                 f"resume must name a folder with its checkpoint, found rows of epochs in "
-                f"{folder / 'metrics.jsonl'} and no {folder / _CHECKPOINT}"
+                f"{folder / 'metrics.jsonl'} and no {folder / CHECKPOINT}"
             )
         elif processes.rank == 0 and not (folder / "config.json").exists():
             folder.mkdir(exist_ok=True)
@@ -481,7 +481,7 @@ class Run:
             )
 
     def _kept(self) -> str:
-        path = self.folder / _CHECKPOINT
+        path = self.folder / CHECKPOINT
         return f"{path} keeps the last good state" if path.exists() else "nothing was saved yet"
 
     def _stopped(self) -> RunStopped:
@@ -507,11 +507,11 @@ class Run:
             "state_dict": self.engine.evaluated_model.state_dict(),
             "engine": self.engine.state_dict(),
         }
-        save_checkpoint(self.folder / _CHECKPOINT, content)
+        save_checkpoint(self.folder / CHECKPOINT, content)
         self._saved = time.monotonic()
 
     def _load(self) -> None:
-        path = self.folder / _CHECKPOINT
+        path = self.folder / CHECKPOINT
         content = read_checkpoint(path)
         try:
             if content["format"] != 2:
