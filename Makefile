@@ -52,7 +52,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m bench.report
 
 kernels-report: $(INSTALLED)
-	$(BIN)/python tools/ptxas_report.py
+	$(BIN)/python -m tools.ptxas_report
 	$(BIN)/python -m tools.triton_report
 	PYTHONPATH=tests:. $(BIN)/python -m ptx.counts
 

@@ -17,7 +17,9 @@ CIFAR_RESNET_FAST_BUILD  auto (what can be built; the default), cuda (both libra
                          cpu (_C, or fail) or none
 TORCH_CUDA_ARCH_LIST     as in torch.utils.cpp_extension; default: those of the visible GPUs,
                          or 8.0;9.0+PTX where none is
-CUDA_HOME, CXX, MAX_JOBS as in torch.utils.cpp_extension
+CUDA_HOME                the toolkit to use; default: of the nvcc on the PATH, /usr/local/cuda, or
+                         packages installed beside PyTorch (tools/toolkit.py)
+CXX, MAX_JOBS            as in torch.utils.cpp_extension
 """
 
 import contextlib
@@ -25,12 +27,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Command, setup
 from setuptools.command.build import build
+
+sys.path.insert(0, str(Path(__file__).parent))  # where pip's builds do not look
+from tools import toolkit
 
 PACKAGE = "cifar_resnet_fast"
 OLDEST_TORCH = (2, 11)
@@ -58,6 +62,7 @@ record = {
     "missing": {},
     "torch": None,
     "cuda": None,
+    "toolkit": None,
     "architectures": None,
 }
 
@@ -91,68 +96,20 @@ def why_not_compile() -> str | None:
     return None
 
 
-def find_cuda_home() -> Path | None:
-    """A toolkit with nvcc and headers: CUDA_HOME, or torch's guess, or the usual place.
-
-    An nvcc on the PATH alone may be a wrapper that makes torch guess a folder without headers.
-    """
-    from torch.utils import cpp_extension
-
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    for home in [named] if named else [cpp_extension.CUDA_HOME, "/usr/local/cuda"]:
-        if (
-            home
-            and Path(home, "bin/nvcc").exists()
-            and Path(home, "include/cuda_runtime.h").exists()
-        ):
-            return Path(home)
-    return None
-
-
-class NvccError(Exception):
-    """nvcc cannot be run, fails, or answers what nothing can be read from."""
-
-
-def ask_nvcc(home: Path, flag: str, pattern: str) -> re.Match:
-    """The first match of ``pattern`` in nvcc's answer to ``flag``; NvccError if there is none."""
-    nvcc = home / "bin/nvcc"
-    try:
-        done = subprocess.run(
-            [str(nvcc), flag], capture_output=True, text=True, errors="replace", timeout=60
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NvccError(f"{nvcc} cannot be run: {first_line(error)}") from None
-    said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
-    if done.returncode:
-        raise NvccError(f"{nvcc} {flag} fails with status {done.returncode}: {said[-1][:200]}")
-    found = re.search(pattern, done.stdout)
-    if found is None:
-        raise NvccError(f"{nvcc} {flag} answers oddly: {said[0][:200]}")
-    return found
-
-
-def why_not_cuda(home: Path | None) -> str | None:
-    """What is missing for the CUDA library, where the CPU one can be built."""
+def find_toolkit() -> toolkit.Toolkit | str:
+    """What compiles the CUDA library if the CPU one can be built, or why nothing does."""
     import torch
 
+    if mode == "cpu":
+        return f"{PACKAGE.upper()}_BUILD=cpu; {WITHOUT_CUDA}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; {WITHOUT_CUDA}"
-    if home is None:
-        return (
-            f"there is no CUDA toolkit (nvcc and headers; torch has CUDA {torch.version.cuda}; "
-            f"CUDA_HOME names one); {WITHOUT_CUDA}"
-        )
     try:
-        toolkit = ask_nvcc(home, "--version", r"release (\d+\.\d+)")[1]
-        ask_nvcc(home, "--list-gpu-arch", "compute_")
-    except NvccError as error:
+        found = toolkit.find(torch.version.cuda.split(".")[0])
+    except toolkit.ToolkitError as error:
         return f"{error}; {WITHOUT_CUDA}"
-    if toolkit.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return (
-            f"the toolkit is CUDA {toolkit}, torch has CUDA {torch.version.cuda}; {WITHOUT_CUDA}"
-        )
-    record["cuda"] = toolkit
-    return None
+    record["cuda"], record["toolkit"] = found.release, found.source
+    return found
 
 
 def compute_name(architecture: str) -> str:
@@ -198,22 +155,25 @@ def libraries() -> list:
         return extension
 
     extensions = [library(cpp_extension.CppExtension, "_C", ["csrc/bindings/cpu.cpp"])]
-    home = None if mode == "cpu" else find_cuda_home()
-    reason = (
-        f"{PACKAGE.upper()}_BUILD=cpu; {WITHOUT_CUDA}" if mode == "cpu" else why_not_cuda(home)
-    )
-    if reason is not None:
-        leave_out("_cuda", reason)
+    found = find_toolkit()
+    if isinstance(found, str):
+        leave_out("_cuda", found)
         return extensions
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # torch would ask the GPU, which may be absent
-        known = ask_nvcc(home, "--list-gpu-arch", r"(?s).*compute_.*")[0]
-        chosen = [a for a in visible_architectures() or ARCHITECTURES if compute_name(a) in known]
+        chosen = [
+            architecture
+            for architecture in visible_architectures() or ARCHITECTURES
+            if compute_name(architecture) in found.architectures
+        ]
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen or ARCHITECTURES) + "+PTX"
     record["architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
-    os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(home)
+    os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(found.home)
     kernels = sorted(str(path) for path in Path("csrc").glob("*/*.cu"))
     sources = ["csrc/bindings/cuda.cpp", *kernels]
     extensions.append(library(cpp_extension.CUDAExtension, "_cuda", sources))
+    links = toolkit.link_folder(found.home, Path("build/cudart"))
+    if links is not None:
+        extensions[-1].library_dirs.insert(0, str(links))
     return extensions
 
 

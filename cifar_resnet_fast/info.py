@@ -38,8 +38,9 @@ def extension_lines() -> list[str]:
     if ops.BUILD_INFO.get("built"):
         line += f", built with torch {ops.BUILD_INFO['torch']}"
         if "_cuda" in ops.BUILD_INFO["built"]:
+            source = ops.BUILD_INFO.get("toolkit", "of unknown origin")  # an earlier build's
             line += (
-                f" and CUDA {ops.BUILD_INFO['cuda']} "
+                f" and CUDA {ops.BUILD_INFO['cuda']} ({source}) "
                 f"for compute capability {ops.BUILD_INFO['architectures']}"
             )
     return [line] + [

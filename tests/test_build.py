@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_toolkit import plant_toolkit
 
-from cifar_resnet_fast import ops
+from cifar_resnet_fast import info, ops
 from cifar_resnet_fast.ops import _extension as extension
 from tools import ptxas_report
 
@@ -82,7 +83,7 @@ def checkout(tmp_path):
     """A copy of what setup.py needs, with nothing built in it."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("csrc", "cifar_resnet_fast"):
+    for name in ("csrc", "cifar_resnet_fast", "tools"):
         shutil.copytree(
             ROOT / name,
             tmp_path / name,
@@ -91,11 +92,18 @@ def checkout(tmp_path):
     return tmp_path
 
 
+def hide_other_toolkits(checkout):
+    """What setup.py finds in the usual place."""
+    path = checkout / "tools/toolkit.py"
+    path.write_text(path.read_text().replace('"/usr/local/cuda"', '"/nowhere"'))
+
+
 def build(checkout, *commands, **environment):
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("CIFAR_RESNET_FAST_BUILD", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CXX")
+        if name
+        not in ("CIFAR_RESNET_FAST_BUILD", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "CXX")
     }
     return subprocess.run(
         [sys.executable, "setup.py", "-q", *commands],
@@ -262,6 +270,36 @@ def test_an_nvcc_that_is_none_is_recorded(checkout, script, mode, reason):
     assert "then run" in record["missing"]["_cuda"]
 
 
+def test_a_toolkit_of_packages_is_used_and_named(checkout):
+    """And the linker finds libcudart.so, which those have by another name."""
+    if torch.version.cuda is None or shutil.which("c++") is None:
+        pytest.skip("there is nothing to compile for")
+    home = checkout / "elsewhere/nvidia" / f"cu{torch.version.cuda.split('.')[0]}"
+    plant_toolkit(home, torch.version.cuda)
+    (home / "lib").mkdir()
+    (home / "lib/libcudart.so.13").touch()
+    hide_other_toolkits(checkout)
+    folders = (
+        "import sys; sys.argv = ['setup.py', '-q', 'build_py', '--build-lib', 'built', "
+        "'build_info', '--build-lib', 'built']; import runpy; names = runpy.run_path('setup.py'); "
+        "print([e.library_dirs for e in names['extensions']][1][0])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", folders],
+        cwd=checkout,
+        env={**os.environ, "PYTHONPATH": str(checkout / "elsewhere"), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    record = json.loads((checkout / "built/cifar_resnet_fast/_build_info.json").read_text())
+    assert record["toolkit"] == "packages beside PyTorch"
+    assert record["cuda"] == torch.version.cuda
+    link = Path(result.stdout.strip(), "libcudart.so")
+    assert link.is_relative_to(checkout / "build")
+    assert link.resolve() == home / "lib/libcudart.so.13"
+
+
 def test_libraries_of_an_earlier_build_are_not_kept(checkout):
     stale = checkout / "built/cifar_resnet_fast/_cuda.abi3.so"
     stale.parent.mkdir(parents=True)
@@ -355,6 +393,11 @@ def test_architectures(built, capability, runs):
 
 
 # --- info ---------------------------------------------------------------------------------------
+
+
+def test_info_says_where_the_toolkit_came_from(monkeypatch):
+    monkeypatch.setattr(ops, "BUILD_INFO", {**BUILT, "toolkit": "packages beside PyTorch"})
+    assert "and CUDA 13.0 (packages beside PyTorch) for compute" in info.extension_lines()[0]
 
 
 def test_info_prints_what_is_there():

@@ -13,10 +13,15 @@ PYTHON = f"""case "$*" in
   *print*) echo VERSION ;;
   *"version_info <"*) exit OLD ;;
   *ensurepip*) exit WITHOUT_VENV ;;
+  *toolkit.py) echo "TOOLKIT" ;;
   "-m venv "*) {NOTE}; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   *) {NOTE}; exit PIP_STATUS ;;
 esac"""
-UV = f'{NOTE}; [ "$1" != venv ] || mkdir -p "${{!#}}/bin"'
+UV = f"""{NOTE}
+if [ "$1" = venv ]; then
+  mkdir -p "${{!#}}/bin"
+  cp "$(command -v python3)" "${{!#}}/bin/python"
+fi"""
 
 
 @pytest.fixture
@@ -25,6 +30,7 @@ def install(tmp_path):
 
     Args:
         version, old, without_venv, pip_status: of the Python that is there
+        toolkit: what tools/toolkit.py says is missing
         uv: whether it is there
         free: kB that df finds
         environment: besides PATH and HOME
@@ -42,10 +48,17 @@ def install(tmp_path):
         (programs / name).chmod(0o755)
 
     def run(
-        version="3.12", old=0, without_venv=0, pip_status=0, uv=False, free=10**8, **environment
+        version="3.12",
+        old=0,
+        without_venv=0,
+        toolkit="",
+        pip_status=0,
+        uv=False,
+        free=10**8,
+        **environment,
     ):
         python = PYTHON.replace("VERSION", version).replace("OLD", str(old))
-        python = python.replace("WITHOUT_VENV", str(without_venv))
+        python = python.replace("WITHOUT_VENV", str(without_venv)).replace("TOOLKIT", toolkit)
         program("python3", python.replace("PIP_STATUS", str(pip_status)))
         program("df", f"echo Filesystem; echo disk 0 0 {free} 0% /")
         if uv:
@@ -82,6 +95,16 @@ def test_the_steps_with_pip(install, tmp_path):
     assert [line.split()[1:4] for line in calls[1:]] == 3 * [["-m", "pip", "install"]]
     assert "--quiet" not in calls[2]  # PyTorch, with pip's progress
     assert "--no-build-isolation --editable .[dev]" in calls[3]
+
+
+def test_a_missing_toolkit_is_a_step_of_its_own(install, tmp_path):
+    done = install(toolkit="cuda-toolkit[nvcc,cccl]==13.0.3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "-- CUDA toolkit, cuda-toolkit[nvcc,cccl]==13.0.3: 0 s\n" in done.stdout
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "torch" in calls[2]  # which says what toolkit it wants
+    assert calls[3].split()[-2] == "cuda-toolkit[nvcc,cccl]==13.0.3"
+    assert "--editable" in calls[4]
 
 
 def test_the_steps_with_uv(install, tmp_path):

@@ -2,7 +2,8 @@
 # Installs the package, editable, and what its commands and tests need into a virtual environment,
 # which is made if it is not there: tools/install.sh VENV. The Makefile calls it. Each step says how
 # long it took. PYTHON names the interpreter, uv is used if it is there, and NEEDED_GB is the room
-# on the disk without which a new environment is not begun.
+# on the disk without which a new environment is not begun. If PyTorch has CUDA and there is a C++
+# compiler, but no CUDA toolkit, its packages are installed beside PyTorch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1 python=${PYTHON:-python3} needed_gb=${NEEDED_GB:-8}
@@ -45,5 +46,7 @@ step "virtual environment $venv" make_venv
 export PATH="$(realpath "$venv")/bin:$PATH" # where PyTorch finds the ninja that is installed next
 step "build tools" install --quiet "setuptools>=77" wheel ninja
 step "PyTorch, some gigabytes" install "torch>=2.11" torchvision
-step "cifar_resnet_fast and its tools" install --quiet --no-build-isolation --editable ".[dev]"
+toolkit=$("$venv/bin/python" tools/toolkit.py) || fail "tools/toolkit.py failed, as above"
+[ -z "$toolkit" ] || step "CUDA toolkit, $toolkit" install --quiet "$toolkit"
+step "cifar_resnet_fast and its tools; compiling can take minutes" install --quiet --no-build-isolation --editable ".[dev]"
 echo "-- all of it: $SECONDS s"

@@ -1,4 +1,4 @@
-"""What ptxas says of every CUDA kernel, without a GPU: ``python tools/ptxas_report.py``.
+"""What ptxas says of every CUDA kernel, without a GPU: ``python -m tools.ptxas_report``.
 
 Compiles csrc/*/*.cu for every architecture the project supports, or with ``--arch 86`` for
 that one, warnings being errors, and prints each kernel's registers, spilled bytes and static
@@ -6,7 +6,6 @@ shared memory. Needs nvcc and c++filt.
 """
 
 import argparse
-import os
 import re
 import shutil
 import subprocess
@@ -15,6 +14,8 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tools import toolkit
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 86, 89, 90)
@@ -41,10 +42,8 @@ class Kernel:
 
 
 def find_nvcc() -> str | None:
-    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
-        if home and Path(home, "bin/nvcc").exists():
-            return str(Path(home, "bin/nvcc"))
-    return shutil.which("nvcc")
+    homes = [home for home, _ in toolkit.toolkits()]
+    return str(homes[0] / "bin/nvcc") if homes else shutil.which("nvcc")
 
 
 def report(source: Path, nvcc: str, architectures: Iterable[int] = ARCHITECTURES) -> list[Kernel]:
