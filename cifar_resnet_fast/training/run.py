@@ -183,6 +183,7 @@ class Run:
             weight_decay=config.weight_decay,
             nesterov=config.nesterov,
             decay_vectors=not config.decay_weights_only,
+            norm_bias_factor=config.norm_bias_lr_factor,
             muon_rate=config.muon_lr / config.lr if config.optimizer == "muon" else 0.0,
             label_smoothing=config.label_smoothing,
             loss_scale=config.loss_scale,
