@@ -92,6 +92,7 @@ VARIANTS = {
     "norm-biases": {"norm_bias_factor": 8.0, "decay_vectors": False},
     "mixed": {"loader": {"mixup": 1.0, "cutmix": 1.0}},
     "mixed-window": {"loader": {"mixup": 1.0, "resident": False}},
+    "trivial-augment": {"loader": {"trivial_augment": True, "mixup": 1.0}},
     "bf16": {"dtype": torch.bfloat16},
     "window": {"loader": {"resident": False}},
 }

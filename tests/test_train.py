@@ -223,6 +223,7 @@ SETTINGS = {
     "muon": ["--optimizer", "muon", "--nesterov", "--decay-weights-only"],
     "muon-norm-biases": ["--optimizer", "muon", "--norm-bias-lr-factor", "8"],
     "norm-biases": ["--norm-bias-lr-factor", "8"],
+    "trivial-augment": ["--trivial-augment", "--cutout", "8"],
     "one-cycle": ["--schedule", "one-cycle", "--final-lr", "0.1"],
 }
 
@@ -247,6 +248,7 @@ SETTINGS = {
         ("muon", [7]),
         ("muon-norm-biases", [7]),
         ("norm-biases", [7]),
+        ("trivial-augment", [7]),
         ("one-cycle", [5]),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
@@ -458,6 +460,7 @@ def test_config_of_before_there_were_recipes_loads(finished):
         "lookahead",
         "lookahead_share",
         "norm_bias_lr_factor",
+        "trivial_augment",
     ]
     for name in new:
         del values[name]

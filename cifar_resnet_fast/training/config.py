@@ -141,6 +141,11 @@ class TrainConfig:
         "what these pixels are: black, or the image reflected at its border",
         PADDING_MODES,
     )
+    trivial_augment: bool = _flag(
+        False,
+        "change each training image before its crop by one operation of TrivialAugment's wide "
+        "space, in plain PyTorch on every device",
+    )
     cutout: int = _flag(0, "side of the square taken away from each training picture (0: none)")
     mixup: float = _flag(
         0.0,
@@ -464,6 +469,7 @@ SWEPT = (
     "flip",
     "crop_padding",
     "padding_mode",
+    "trivial_augment",
     "cutout",
     "mixup",
     "cutmix",

@@ -99,6 +99,7 @@ class RunData:
             flip=config.flip,
             crop_padding=config.crop_padding,
             padding_mode=config.padding_mode,
+            trivial_augment=config.trivial_augment,
             mixup=config.mixup,
             cutmix=config.cutmix,
             mixed_epochs=config.epochs - config.unmixed_epochs,
