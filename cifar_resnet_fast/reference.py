@@ -348,14 +348,18 @@ def sgd(
     momentum: float,
     weight_decay: float,
     nesterov: bool,
+    scaled: int = 0,
+    lr_factor: float = 1.0,
 ) -> None:
     """One step of SGD in place, or none where a gradient is infinite or NaN.
 
     With g the gradient, divided by the loss scale, plus weight_decay * parameter for the first
     ``decayed`` elements:
     ``momenta = momentum * momenta + g``; ``parameters -= lr * momenta``, or with ``nesterov``
-    ``parameters -= lr * (g + momentum * momenta)``. The operations are those of torch.optim.SGD
-    one by one, so on a CPU the results have the same bits.
+    ``parameters -= lr * (g + momentum * momenta)``. The last ``scaled`` elements have
+    ``lr * lr_factor`` in the place of lr and ``weight_decay / lr_factor`` in that of weight_decay,
+    so that the decay alone shrinks them as fast as without the factor. The operations are those of
+    torch.optim.SGD one by one, so on a CPU the results have the same bits.
 
     Args:
         parameters, gradients, momenta: [P] float32
@@ -364,16 +368,25 @@ def sgd(
         copy: [P] float16 or bfloat16, or None. the new parameters, rounded
         decayed: 0 .. P
         momentum, weight_decay, nesterov: as torch.optim.SGD has them
+        scaled: 0 .. P
+        lr_factor: more than 0
 
     Source: Sutskever et al. 2013, section 2; the form without lr in the momenta is PyTorch's.
+    Jordan 2024, section 3.4 (lr_factor, for the biases of normalisations).
     """
     finite = gradients.isfinite().all()
     direction = gradients * loss_scale.reciprocal()
-    direction[:decayed].add_(parameters[:decayed], alpha=weight_decay)
+    plain = len(parameters) - scaled
+    for part, decay in (
+        (slice(min(decayed, plain)), weight_decay),
+        (slice(plain, max(decayed, plain)), weight_decay / lr_factor),
+    ):
+        direction[part].add_(parameters[part], alpha=decay)
     average = (momenta * momentum).add_(direction)
     direction = direction.add_(average, alpha=momentum) if nesterov else average
+    rates = torch.cat((lr.expand(plain), (lr * lr_factor).expand(scaled)))
     # float64 for one rounding in all, as with the fused multiply-add of torch.optim.SGD
-    moved = (parameters.double() - lr.double() * direction.double()).float()
+    moved = (parameters.double() - rates.double() * direction.double()).float()
     parameters.copy_(torch.where(finite, moved, parameters))
     momenta.copy_(torch.where(finite, average, momenta))
     skipped += ~finite

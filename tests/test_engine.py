@@ -89,8 +89,10 @@ VARIANTS = {
     "clip-floor": {"clip": 0.5, "ema": 0.9, "ema_floor": 0.2},
     "lookahead": {"lookahead": 2},
     "muon": {"muon_rate": 0.5, "nesterov": True},
+    "norm-biases": {"norm_bias_factor": 8.0, "decay_vectors": False},
     "mixed": {"loader": {"mixup": 1.0, "cutmix": 1.0}},
     "mixed-window": {"loader": {"mixup": 1.0, "resident": False}},
+    "trivial-augment": {"loader": {"trivial_augment": True, "mixup": 1.0}},
     "bf16": {"dtype": torch.bfloat16},
     "window": {"loader": {"resident": False}},
 }

@@ -58,6 +58,7 @@ FLOORS = {
     "checkpoint": 1,
     "pretrained": 1.1,
     "data.shapes": 2,
+    "data.trivial_augment": 2,
     "data.test_sets": 2.5,
     "data.sources": 2,
     "data.known": 2.05,

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from cifar_resnet_fast import ops, reference
-from cifar_resnet_fast.data.loader import CROP_PADDING, Loader, draw_epoch, draw_mix
+from cifar_resnet_fast.data.loader import (
+    CROP_PADDING,
+    Loader,
+    draw_epoch,
+    draw_mix,
+    draw_trivial,
+)
+from cifar_resnet_fast.data.trivial_augment import TrivialAugment
 
 STATISTICS = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 # seed 3, epoch 7: weight; top, bottom, left and right; share of 4 steps
@@ -126,11 +133,13 @@ def test_cutmix_shares_are_what_the_boxes_leave():
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("trivial_augment", [False, True])
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_partners_are_the_reversed_batch_of_all_processes(kind, processes):
-    whole = batch_of(make_loader(**{kind: 1.0}), 13)
+def test_partners_are_the_reversed_batch_of_all_processes(kind, trivial_augment, processes):
+    settings = {kind: 1.0, "trivial_augment": trivial_augment}
+    whole = batch_of(make_loader(**settings), 13)
     parts = [
-        batch_of(make_loader(**{kind: 1.0}, rank=rank, processes=processes), 13)
+        batch_of(make_loader(**settings, rank=rank, processes=processes), 13)
         for rank in range(processes)
     ]
     for place in range(3):
@@ -148,14 +157,48 @@ def test_last_epochs_are_not_mixed():
         assert torch.equal(images, batch_of(usual, step)[0]) == (step == 12) == (ratio == 1)
 
 
-def test_mixing_through_the_window():
+@pytest.mark.parametrize("trivial_augment", [False, True])
+def test_mixing_through_the_window(trivial_augment):
+    settings = {"mixup": 1.0, "cutmix": 1.0, "trivial_augment": trivial_augment}
     for step in (0, 5, 6, 13):
-        ours = batch_of(make_loader(mixup=1.0, cutmix=1.0, resident=False), step)
-        theirs = batch_of(make_loader(mixup=1.0, cutmix=1.0), step)
+        ours = batch_of(make_loader(**settings, resident=False), step)
+        theirs = batch_of(make_loader(**settings), step)
         for our, their in zip(ours, theirs, strict=True):
             assert torch.equal(our, their)
     with pytest.raises(ValueError, match="mixup and cutmix must be 0 with several processes"):
         make_loader(mixup=1.0, resident=False, processes=2)
+
+
+def test_trivial_draws_never_change():
+    codes = draw_trivial(seed=3, epoch=7, size=6)
+    assert codes.tolist() == [812, 7, 858, 42, 670, 304]
+    assert not torch.equal(codes, draw_trivial(3, 8, 6))
+    assert not torch.equal(codes, draw_trivial(4, 7, 6))
+
+
+@pytest.mark.parametrize("settings", [{}, {"mixup": 1.0}], ids=["plain", "mixed"])
+def test_augmented_batches_are_those_of_augmented_images(settings):
+    """Each image by its own code, then as ever; only the last epochs of a mixed run tell."""
+    loader = make_loader(trivial_augment=True, mixed_epochs=2, **settings)
+    draws, codes = draw_epoch(1, 2, 50), draw_trivial(1, 2, 50)
+    augment = TrivialAugment(32, 32, torch.device("cpu"))
+    unlike = 0
+    for place in range(6):
+        images, labels, *_ = batch_of(loader, 12 + place, seed=1)
+        part = slice(8 * place, 8 * place + 8)
+        assert torch.equal(labels, draws.order[part])
+        raw = pictures(50)[draws.order[part]]
+        corners = draws.dy[part], draws.dx[part], draws.flip[part]
+        crops = reference.augment(augment(raw, codes[part]), *corners, CROP_PADDING)
+        assert torch.equal(images, reference.normalize(crops, *STATISTICS, torch.float32))
+        unlike += not torch.equal(images, batch_of(make_loader(), 12 + place, seed=1)[0])
+    assert unlike == 6
+
+
+def test_trivial_augment_leaves_evaluation_alone():
+    usual = batch_of(make_loader(augmented=False), 3)
+    given = batch_of(make_loader(augmented=False, trivial_augment=True), 3)
+    assert torch.equal(usual[0], given[0])
 
 
 @pytest.mark.parametrize("size", [1, 7, 2000])
@@ -409,13 +452,14 @@ def test_batches_are_the_references(cutout, flip):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("augmented", [True, False])
-def test_processes_share_the_batch(processes, augmented):
-    alone = make_loader(augmented=augmented)
-    parts = [
-        make_loader(augmented=augmented, rank=rank, processes=processes)
-        for rank in range(processes)
-    ]
+@pytest.mark.parametrize(
+    "settings",
+    [{"augmented": True}, {"augmented": False}, {"trivial_augment": True}],
+    ids=["augmented", "as-they-are", "trivial-augment"],
+)
+def test_processes_share_the_batch(processes, settings):
+    alone = make_loader(**settings)
+    parts = [make_loader(**settings, rank=rank, processes=processes) for rank in range(processes)]
     for step in (0, 5, 6, 11):
         images, labels = batch_of(alone, step)
         shared = [batch_of(part, step) for part in parts]

@@ -59,9 +59,10 @@ def test_convolutions_have_the_twins_steps(nesterov):
     assert checked == 7
 
 
-def test_other_parameters_have_the_bits_of_sgd():
+@pytest.mark.parametrize("norm_bias_factor", [1.0, 8.0])
+def test_other_parameters_have_the_bits_of_sgd(norm_bias_factor):
     ours, theirs = small_model(), small_model()
-    settings = {**SETTINGS, "decay_vectors": False}
+    settings = {**SETTINGS, "decay_vectors": False, "norm_bias_factor": norm_bias_factor}
     steps(FlatMuon(ours, rate=0.5, **settings), list(ours.parameters()))
     steps(FlatSGD(theirs, **settings), list(theirs.parameters()))
     for value, other in zip(ours.parameters(), theirs.parameters(), strict=True):

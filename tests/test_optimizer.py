@@ -42,13 +42,27 @@ def flat_state(P, device):
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize(
-    ("P", "decayed"),
-    [(1, 1), (2500, 2000), pytest.param(1024 * 300, 0, marks=pytest.mark.gpu)],
-    ids=["one", "ragged-block", "check-owns-several-blocks"],
+    ("P", "decayed", "scaled"),
+    [
+        (1, 1, 0),
+        (2500, 2000, 0),
+        (2500, 2000, 300),
+        (2500, 2500, 1400),
+        (2500, 1000, 2500),
+        pytest.param(1024 * 300, 0, 0, marks=pytest.mark.gpu),
+    ],
+    ids=[
+        "one",
+        "ragged-block",
+        "scaled-without-decay",
+        "scaled-with-decay",
+        "all-scaled",
+        "check-owns-several-blocks",
+    ],
 )
-def test_kernel_is_the_reference(P, decayed, settings, device):
+def test_kernel_is_the_reference(P, decayed, scaled, settings, device):
     ours, theirs = flat_state(P, device), flat_state(P, device)
-    options = {"decayed": decayed, **SETTINGS[settings]}
+    options = {"decayed": decayed, "scaled": scaled, "lr_factor": 7.0, **SETTINGS[settings]}
     exact = {
         name: value.double() if value.dtype == torch.float32 else value
         for name, value in flat_state(P, device).items()
@@ -56,10 +70,15 @@ def test_kernel_is_the_reference(P, decayed, settings, device):
     ops.sgd(**ours, **options, implementation="triton")
     ops.sgd(**theirs, **options, implementation="reference")
     gradient = exact["gradients"] / exact["loss_scale"]
-    gradient[:decayed] += options["weight_decay"] * exact["parameters"][:decayed]
+    factor = torch.ones(P, dtype=torch.float64, device=device)
+    factor[P - scaled :] = 7.0
+    decay = options["weight_decay"] / factor
+    decay[decayed:] = 0.0
+    gradient += decay * exact["parameters"]
     momenta = options["momentum"] * exact["momenta"] + gradient
     way = gradient + options["momentum"] * momenta if options["nesterov"] else momenta
-    right = {"parameters": exact["parameters"] - exact["lr"] * way, "momenta": momenta}
+    moved = exact["parameters"] - exact["lr"] * factor * way
+    right = {"parameters": moved, "momenta": momenta}
     for name in right:
         # both round a few times; half a step of float32 at the size of the largest is their budget
         budget = 2 * (theirs[name] - right[name]).abs().max() + 2.0**-24
@@ -115,6 +134,9 @@ def test_kernel_writes_nothing_outside(device):
         ({"lr": torch.zeros(1)}, ValueError, "lr must be contiguous with shape"),
         ({"lr": torch.zeros((), device="meta")}, ValueError, "lr must be on the device"),
         ({"decayed": 5}, ValueError, "decayed must be in 0 .. 4"),
+        ({"scaled": -1}, ValueError, "scaled must be in 0 .. 4"),
+        ({"lr_factor": 0}, ValueError, "lr_factor must be more than 0 and finite, got 0"),
+        ({"lr_factor": float("inf")}, ValueError, "lr_factor must be more than 0 and finite"),
     ],
 )
 def test_bad_arguments(change, error, message):
@@ -137,8 +159,9 @@ def train_both(ours, flat, theirs, plain, steps=4):
         x = torch.randn(4, 3, 8, 8, generator=generator)
         labels = torch.randint(0, 10, (4,), generator=generator)
         flat.lr.fill_(0.1 / (step + 1))
-        for group in plain.param_groups:
-            group["lr"] = 0.1 / (step + 1)
+        factors = getattr(plain, "factors", [1.0] * len(plain.param_groups))
+        for group, factor in zip(plain.param_groups, factors, strict=True):
+            group["lr"] = 0.1 / (step + 1) * factor
         flat.differentiate(F.cross_entropy(ours(x), labels))
         flat.step()
         plain.zero_grad()
@@ -146,7 +169,22 @@ def train_both(ours, flat, theirs, plain, steps=4):
         plain.step()
 
 
-def plain_sgd(model, decay_vectors=True, weight_decay=1e-4, **settings):
+def plain_sgd(model, decay_vectors=True, weight_decay=1e-4, norm_bias_factor=1.0, **settings):
+    if norm_bias_factor != 1:
+        biases = [p for name, p in model.named_parameters() if "bn" in name and "bias" in name]
+        assert len(biases) == 7
+        others = [p for p in model.parameters() if all(p is not bias for bias in biases)]
+        weights = [p for p in others if decay_vectors or p.dim() > 1]
+        vectors = [p for p in others if not decay_vectors and p.dim() == 1]
+        decays = [weight_decay, 0.0, weight_decay / norm_bias_factor if decay_vectors else 0.0]
+        groups = [
+            {"params": members, "weight_decay": decay}
+            for members, decay in zip((weights, vectors, biases), decays, strict=True)
+            if members
+        ]
+        plain = torch.optim.SGD(groups, lr=0.1, **settings)
+        plain.factors = [1.0] * (len(groups) - 1) + [norm_bias_factor]
+        return plain
     if decay_vectors:
         return torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=weight_decay, **settings)
     groups = [
@@ -161,6 +199,15 @@ VARIANTS = {
     "nesterov": {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True},
     "without-momentum": {"momentum": 0.0, "weight_decay": 1e-4},
     "weights-only": {"momentum": 0.9, "weight_decay": 1e-2, "decay_vectors": False},
+    # a power of two, so that its product with a learning rate is rounded nowhere
+    "norm-biases": {"momentum": 0.9, "weight_decay": 1e-2, "norm_bias_factor": 8.0},
+    "norm-biases-weights-only": {
+        "momentum": 0.9,
+        "weight_decay": 1e-2,
+        "nesterov": True,
+        "decay_vectors": False,
+        "norm_bias_factor": 0.25,
+    },
 }
 
 
@@ -200,6 +247,22 @@ def test_groups_are_torchs(variant):
     for group in theirs:
         group["lr"] = 0.0  # a flat optimiser's is on the device, and the schedule's
     assert FlatSGD(small_model(), **settings).state_dict()["param_groups"] == theirs
+
+
+def test_decay_alone_shrinks_a_norm_bias_as_ever():
+    """Weight decay's meaning: with no gradient, the factor changes nothing but roundings."""
+    ends = []
+    for factor in (1.0, 64.0):
+        model = small_model()
+        for bias in (p for name, p in model.named_parameters() if "bias" in name):
+            bias.data.fill_(1.0)
+        flat = FlatSGD(model, momentum=0.0, weight_decay=1e-2, norm_bias_factor=factor)
+        flat.lr.fill_(0.5)
+        for _ in range(3):
+            flat.step()
+        ends.append(model.bn1.bias.detach().clone())
+    assert ends[0][0] == pytest.approx((1 - 0.5 * 1e-2) ** 3, rel=1e-6)
+    torch.testing.assert_close(*ends)
 
 
 WITHOUT_A_COMPILER = """

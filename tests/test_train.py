@@ -261,6 +261,9 @@ SETTINGS = {
     "clip-floor": ["--clip", "0.5", "--ema", "0.9", "--ema-floor", "0.2"],
     "lookahead": ["--lookahead", "3", "--lookahead-share", "0.4"],
     "muon": ["--optimizer", "muon", "--nesterov", "--decay-weights-only"],
+    "muon-norm-biases": ["--optimizer", "muon", "--norm-bias-lr-factor", "8"],
+    "norm-biases": ["--norm-bias-lr-factor", "8"],
+    "trivial-augment": ["--trivial-augment", "--cutout", "8"],
     "one-cycle": ["--schedule", "one-cycle", "--final-lr", "0.1"],
 }
 
@@ -283,6 +286,9 @@ SETTINGS = {
         ("clip-floor", [7]),
         ("lookahead", [7]),
         ("muon", [7]),
+        ("muon-norm-biases", [7]),
+        ("norm-biases", [7]),
+        ("trivial-augment", [7]),
         ("one-cycle", [5]),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
@@ -493,6 +499,8 @@ def test_config_of_before_there_were_recipes_loads(finished):
         "ema_floor",
         "lookahead",
         "lookahead_share",
+        "norm_bias_lr_factor",
+        "trivial_augment",
     ]
     for name in new:
         del values[name]
@@ -661,6 +669,8 @@ def bad_input(arguments, capsys):
         ("--optimizer muon --momentum 0", "--momentum must be more than 0 with optimizer muon"),
         ("--muon-lr 0", "--muon-lr must be more than 0, got 0.0"),
         ("--clip -1", "--clip must be 0 or more, got -1.0"),
+        ("--norm-bias-lr-factor 0", "--norm-bias-lr-factor must be in 1e-6 .. 1e6, got 0.0"),
+        ("--norm-bias-lr-factor nan", "--norm-bias-lr-factor must be in 1e-6 .. 1e6, got nan"),
         ("--ema-floor 0.5", "--ema-floor must be at least 0 and less than ema 0.0, got 0.5"),
         ("--ema 0.9 --ema-floor 0.9", "--ema-floor must be at least 0 and less than ema 0.9"),
         ("--lookahead -1", "--lookahead must be 0 or more, got -1"),

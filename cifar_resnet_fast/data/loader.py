@@ -1,8 +1,9 @@
 """Batches: the whole set on the device as bytes, augmented and normalised there (layer 2).
 
-Every random draw of an epoch (order, crop offsets, flips, cutout) is a pure function of (seed,
-epoch), so any batch of any epoch can be made again, on any device and by any number of processes.
-The draws come from numpy's Philox generator, a counter-based one whose stream never changes.
+Every random draw of an epoch (order, crop offsets, flips, cutout, operations) is a pure function
+of (seed, epoch), so any batch of any epoch can be made again, on any device and by any number of
+processes. The draws come from numpy's Philox generator, a counter-based one whose stream never
+changes.
 
 The draws of an epoch lie on the device as a table; which of its rows make the batch, a counter on
 the device says. So making a batch is device work alone, and a CUDA graph can capture it. A set
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import ops
+from cifar_resnet_fast.data.trivial_augment import TrivialAugment, codes_of
 
 CROP_PADDING = 4  # pixels on each side (He et al. 2015, section 4.2)
 PADDING_MODES = ("zeros", "reflect")
@@ -27,6 +29,7 @@ FLIPS = ("random", "alternating")
 # keys of streams beside those of the epochs
 _NO_EPOCH = 2**64 - 1  # draws that are the same in all epochs
 _MIX = 2**63  # added to an epoch: how its steps are mixed
+_TRIVIAL = 2**62  # added to an epoch: the operations of TrivialAugment
 _TRIES = 64  # of drawing a ratio; one is taken with a chance of at least a half
 _CHUNK_STEPS = 16  # steps a half of the window holds: 50 MB at batch size 1024
 
@@ -119,6 +122,15 @@ def draw_mix(seed: int, epoch: int, steps: int, side: int, mixup: float, cutmix:
     return torch.from_numpy(np.stack([weight, *box, share])).float()
 
 
+def draw_trivial(seed: int, epoch: int, size: int) -> Tensor:
+    """[size] int64, on the CPU. The code of ``TrivialAugment`` at each place of an epoch.
+
+    Args:
+        seed, epoch, size: as for ``draw_epoch``
+    """
+    return torch.from_numpy(codes_of(_philox(seed, _TRIVIAL + epoch, size)))
+
+
 def _philox(seed: int, epoch: int, count: int) -> np.ndarray:
     """[count] uint64. A stream of its own for each seed and epoch."""
     return np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(count)
@@ -146,6 +158,8 @@ class Loader:
         flip: of augmented images, as ``draw_epoch`` has it
         crop_padding: pixels on each side of an augmented image before its crop
         padding_mode: one of ``PADDING_MODES``: what these pixels are
+        trivial_augment: augmented images first have an operation each, as ``TrivialAugment`` has
+            it, in plain PyTorch; all else is as without
         mixup, cutmix: of augmented images, as ``draw_mix`` has them. An image's partner is the one
             at its place in the reversed batch of all processes
         mixed_epochs: the epochs from this one on are not mixed; None if all are
@@ -173,6 +187,7 @@ class Loader:
         flip: str = "random",
         crop_padding: int = CROP_PADDING,
         padding_mode: str = "zeros",
+        trivial_augment: bool = False,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         mixed_epochs: int | None = None,
@@ -201,8 +216,13 @@ class Loader:
         mixed = augmented and bool(mixup or cutmix)
         self._mixed_epochs = mixed_epochs
         self._values = ops.normalized_bytes(mean, std, dtype).to(device)
-        shape = (12 if mixed else 6, self.steps * self.part_size)
+        shape = (1 + mixed, 6, self.steps * self.part_size)
         self._draws = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._trivial = None
+        if trivial_augment and augmented:
+            self._trivial = TrivialAugment(images.shape[1], images.shape[2], device)
+            # of each image and partner of the epoch: where it lies, and its code
+            self._chosen = torch.zeros((2, *shape[::2]), dtype=torch.int64, device=device)
         self._mix = torch.zeros((6, self.steps), device=device) if mixed else None
         # the seed and the epoch of the draws on the device
         self._drawn: tuple[int, int] | None = None
@@ -239,18 +259,27 @@ class Loader:
         if self._drawn != (seed, epoch):
             table = self._table(seed, epoch)
             if self._window is not None:
-                present = table[0] >= 0
+                present = table[0, 0] >= 0
                 places = self._window.places(epoch)
-                table[0] = torch.where(present, places, -1)
+                table[0, 0] = torch.where(present, places, -1)
                 if self._mix is not None:
-                    table[6] = places.reshape(self.steps, -1).flip(1).flatten()
-            self._draws.copy_(_pinned(table, self._draws.device), non_blocking=True)
+                    table[1, 0] = places.reshape(self.steps, -1).flip(1).flatten()
+            if self._trivial is not None:
+                chosen = table[:, ::6].transpose(0, 1).long()
+                self._chosen.copy_(_pinned(chosen, self._chosen.device), non_blocking=True)
+                # the kernel finds them in the batch of the augmented ones, the partners last
+                batch = torch.arange(len(table) * self.part_size, dtype=torch.int32)
+                table[:, 0] = (
+                    batch.reshape(-1, 1, self.part_size).expand(-1, self.steps, -1).flatten(1)
+                )
+            draws = table[:, :6].contiguous()
+            self._draws.copy_(_pinned(draws, self._draws.device), non_blocking=True)
             if self._mix is not None:
                 mix = self._mix_of(seed, epoch)
                 self._mix.copy_(_pinned(mix, self._mix.device), non_blocking=True)
             self._drawn = (seed, epoch)
         if self._window is not None:
-            self._window.move_to(step, lambda epoch: self._table(seed, epoch)[0], key=seed)
+            self._window.move_to(step, lambda epoch: self._table(seed, epoch)[0, 0], key=seed)
 
     def batch(self, step: Tensor) -> tuple[Tensor, ...]:
         """This process's part of a batch.
@@ -264,11 +293,18 @@ class Loader:
             labels_b, ratio: [part_size] int64 and [] float32, with mixup or cutmix only. second
                 labels, and the share of the first ones
         """
+        images, labels = self._images, self._labels
+        if self._trivial is not None:
+            rows = step % self.steps * self.part_size
+            rows = rows + torch.arange(self.part_size, device=images.device)
+            places, codes = self._chosen.index_select(2, rows).flatten(1)
+            images = self._trivial(images.index_select(0, places), codes)
+            labels = labels.index_select(0, places)
         return ops.load_batch(
-            self._images,
-            self._labels,
+            images,
+            labels,
             self._values,
-            self._draws,
+            self._draws.flatten(0, 1),
             step,
             batch_size=self.part_size,
             padding=self._padding,
@@ -284,11 +320,14 @@ class Loader:
         return draw_mix(seed, epoch, self.steps, self._images.shape[1], *self._kinds)
 
     def _table(self, seed: int, epoch: int) -> Tensor:
-        """[6 or 12, steps * part_size] int32, on the CPU. The epoch's draws, of this process's
-        part; with mixing those of the partners after them."""
+        """[1 or 2, 6 or 7, steps * part_size] int32, on the CPU. The epoch's draws, of this
+        process's part; with mixing those of the partners after them. The seventh is the code of
+        TrivialAugment."""
         if self._augmented:
             draws = draw_epoch(seed, epoch, self.size, self._flip, self._padding)
-            columns = (draws.order, draws.dy, draws.dx, draws.flip, draws.cy, draws.cx)
+            columns = [draws.order, draws.dy, draws.dx, draws.flip, draws.cy, draws.cx]
+            if self._trivial is not None:
+                columns.append(draw_trivial(seed, epoch, self.size))
             table = torch.stack([column.int() for column in columns])
         else:
             table = torch.tensor([0, self._padding, self._padding, 0, 0, 0], dtype=torch.int32)
@@ -296,13 +335,13 @@ class Loader:
             table[0] = torch.arange(table.shape[1])
             table[0, self.size :] = -1
         parts = table[:, : self.steps * self.batch_size].reshape(
-            6, self.steps, self._processes, self.part_size
+            len(table), self.steps, self._processes, self.part_size
         )
-        own = parts[:, :, self._rank].reshape(6, -1)
+        own = parts[:, :, self._rank].flatten(1)
         if self._mix is None:
-            return own
-        partners = parts[:, :, self._processes - 1 - self._rank].flip(2).reshape(6, -1)
-        return torch.cat((own, partners))
+            return own[None]
+        partners = parts[:, :, self._processes - 1 - self._rank].flip(2).flatten(1)
+        return torch.stack((own, partners))
 
 
 class _Window:

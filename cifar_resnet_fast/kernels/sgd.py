@@ -44,14 +44,18 @@ def _sgd_kernel(
     elements,
     decayed,
     checked,
+    plain,
     momentum,
     weight_decay,
+    scaled_decay,
+    lr_factor,
     NESTEROV: tl.constexpr,
     FLAGS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One step of SGD, or none where one of the ``checked`` flags is set; program i owns BLOCK
-    elements, program 0 the count of skipped steps."""
+    elements, program 0 the count of skipped steps. The elements from ``plain`` on have
+    ``lr_factor`` times the learning rate, and ``scaled_decay``."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < elements
     offs_flag = tl.arange(0, FLAGS)
@@ -62,14 +66,15 @@ def _sgd_kernel(
         parameter = tl.load(parameters_ptr + offs, mask=mask, other=0.0)
         gradient = tl.load(gradients_ptr + offs, mask=mask, other=0.0)
         direction = gradient * tl.div_rn(1.0, tl.load(loss_scale_ptr))
-        direction += tl.where(offs < decayed, weight_decay, 0.0) * parameter
+        decay = tl.where(offs < plain, weight_decay, scaled_decay)
+        direction += tl.where(offs < decayed, decay, 0.0) * parameter
         average = momentum * tl.load(momenta_ptr + offs, mask=mask, other=0.0) + direction
         tl.store(momenta_ptr + offs, average, mask=mask)
         if NESTEROV:
             direction += momentum * average
         else:
             direction = average
-        parameter -= tl.load(lr_ptr) * direction
+        parameter -= tl.load(lr_ptr) * tl.where(offs < plain, 1.0, lr_factor) * direction
         tl.store(parameters_ptr + offs, parameter, mask=mask)
         if copy_ptr is not None:
             tl.store(copy_ptr + offs, parameter.to(copy_ptr.dtype.element_ty), mask=mask)
@@ -88,6 +93,8 @@ def sgd(
     momentum: float,
     weight_decay: float,
     nesterov: bool,
+    scaled: int,
+    lr_factor: float,
 ) -> None:
     """See ``reference.sgd``; all tensors on one device."""
     elements = parameters.numel()
@@ -118,8 +125,11 @@ def sgd(
         elements=elements,
         decayed=decayed,
         checked=checked,
+        plain=elements - scaled,
         momentum=float(momentum),
         weight_decay=float(weight_decay),
+        scaled_decay=float(weight_decay / lr_factor),
+        lr_factor=float(lr_factor),
         NESTEROV=nesterov,
         FLAGS=FLAGS,
         BLOCK=BLOCK,

@@ -1,5 +1,6 @@
 """One step of SGD over flat buffers (layer 1). Twin: ``reference.sgd``."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,8 @@ def sgd(
     momentum: float,
     weight_decay: float,
     nesterov: bool,
+    scaled: int = 0,
+    lr_factor: float = 1.0,
     implementation: str = "auto",
 ) -> None:
     """A step in place, or none where a gradient is infinite or NaN; see ``reference.sgd``.
@@ -36,11 +39,15 @@ def sgd(
         copy: [P] float16 or bfloat16, contiguous, or None. the new parameters, rounded
         decayed: 0 .. P. so many elements, from the first on, have weight decay
         momentum, weight_decay, nesterov: as torch.optim.SGD has them
+        scaled: 0 .. P. so many elements, up to the last one, have lr_factor times the learning
+            rate and a weight decay divided by lr_factor
+        lr_factor: more than 0, finite
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
     Raises:
         TypeError: an argument is of another type, or a tensor of another dtype
-        ValueError: a tensor is nested or sparse; a shape, a device or ``decayed`` breaks its rule
+        ValueError: a tensor is nested or sparse; a shape, a device, ``decayed``, ``scaled`` or
+            ``lr_factor`` breaks its rule
         RuntimeError: the named implementation cannot run here
     """
     check_dense("parameters", parameters)
@@ -48,6 +55,8 @@ def sgd(
     check_number("momentum", momentum)
     check_number("weight_decay", weight_decay)
     check_bool("nesterov", nesterov)
+    check_count("scaled", scaled)
+    check_number("lr_factor", lr_factor)
     P = parameters.numel()
     if not 0 < P < 2**31:
         raise ValueError(f"parameters must have 1 .. 2**31 - 1 elements, got {P}")
@@ -76,8 +85,11 @@ def sgd(
                 f"{name} must be on the device of parameters, {parameters.device}, "
                 f"got {tensor.device}"
             )
-    if not 0 <= decayed <= P:
-        raise ValueError(f"decayed must be in 0 .. {P}, the number of parameters, got {decayed}")
+    for name, count in (("decayed", decayed), ("scaled", scaled)):
+        if not 0 <= count <= P:
+            raise ValueError(f"{name} must be in 0 .. {P}, the number of parameters, got {count}")
+    if not 0 < lr_factor < math.inf:
+        raise ValueError(f"lr_factor must be more than 0 and finite, got {lr_factor}")
     run: Callable[..., None] = reference.sgd
     if choose(implementation, parameters.device, "sgd") == "triton":
         from cifar_resnet_fast.kernels import sgd as kernel
@@ -95,4 +107,6 @@ def sgd(
         momentum=momentum,
         weight_decay=weight_decay,
         nesterov=nesterov,
+        scaled=scaled,
+        lr_factor=lr_factor,
     )

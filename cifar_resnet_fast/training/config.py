@@ -105,6 +105,11 @@ class TrainConfig:
     decay_weights_only: bool = _flag(
         False, "no weight decay on the normalisations' parameters and the biases"
     )
+    norm_bias_lr_factor: float = _flag(
+        1.0,
+        "times the learning rate for the biases of the normalisations, whose weight decay is "
+        "divided by it",
+    )
     schedule: str = _flag(
         "step", "how the learning rate falls after the warm-up: in tenths or gradually", SCHEDULES
     )
@@ -135,6 +140,11 @@ class TrainConfig:
         "zeros",
         "what these pixels are: black, or the image reflected at its border",
         PADDING_MODES,
+    )
+    trivial_augment: bool = _flag(
+        False,
+        "change each training image before its crop by one operation of TrivialAugment's wide "
+        "space, in plain PyTorch on every device",
     )
     cutout: int = _flag(0, "side of the square taken away from each training picture (0: none)")
     mixup: float = _flag(
@@ -295,6 +305,7 @@ class TrainConfig:
             f"less than the {self.epochs} epochs, and left out without mixup and cutmix",
         )
         self._check("crop_padding", lambda v: 0 <= v < 32, "in 0 .. 31")
+        self._check("norm_bias_lr_factor", lambda v: 1e-6 <= v <= 1e6, "in 1e-6 .. 1e6")
         self._check("final_lr", lambda v: 0 <= v <= 1, "a share of the peak, 0 .. 1")
         self._check(
             "final_lr",
@@ -450,6 +461,7 @@ SWEPT = (
     "nesterov",
     "weight_decay",
     "decay_weights_only",
+    "norm_bias_lr_factor",
     "schedule",
     "warmup_epochs",
     "final_lr",
@@ -457,6 +469,7 @@ SWEPT = (
     "flip",
     "crop_padding",
     "padding_mode",
+    "trivial_augment",
     "cutout",
     "mixup",
     "cutmix",

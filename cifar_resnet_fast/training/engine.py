@@ -119,7 +119,7 @@ class Engine:
         dtype: of the activations
         schedule: [steps] float32. the learning rate of every step of the run
         seed: of the training batches
-        momentum, nesterov, weight_decay, decay_vectors: as ``FlatSGD`` has them
+        momentum, nesterov, weight_decay, decay_vectors, norm_bias_factor: as ``FlatSGD`` has them
         muon_rate: the 3x3 convolutions are trained by Muon, at this multiple of the learning rate;
             0 for SGD on all parameters
         label_smoothing: 0 .. 1, of the training loss
@@ -157,6 +157,7 @@ class Engine:
         weight_decay: float,
         nesterov: bool = False,
         decay_vectors: bool = True,
+        norm_bias_factor: float = 1.0,
         muon_rate: float = 0.0,
         clip: float = 0.0,
         lookahead: int = 0,
@@ -180,6 +181,7 @@ class Engine:
             weight_decay=weight_decay,
             nesterov=nesterov,
             decay_vectors=decay_vectors,
+            norm_bias_factor=norm_bias_factor,
             loss_scale=loss_scale,
             clip=clip,
             passengers=2,

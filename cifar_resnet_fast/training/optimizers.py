@@ -59,6 +59,8 @@ class FlatSGD:
         momentum, nesterov: as torch.optim.SGD has them
         weight_decay: of all parameters
         decay_vectors: False leaves those of one axis, normalisations and biases, without decay
+        norm_bias_factor: the biases of the normalisations have so many times the learning rate,
+            and their weight decay divided by it
         loss_scale: the loss was multiplied by it before the backward pass
         clip: the gradient's norm over all parameters, without the loss scale, is at most this, as
             torch.nn.utils.clip_grad_norm_ has it; 0 for any
@@ -76,7 +78,8 @@ class FlatSGD:
         passengers: [passengers] float32
         exchanged: float32. gradients and passengers in one, for a sum over the processes
 
-    Source: He et al. 2015, section 4.2; Goyal et al. 2017, section 5.3 (decay of vectors).
+    Source: He et al. 2015, section 4.2; Goyal et al. 2017, section 5.3 (decay of vectors);
+    Jordan 2024, section 3.4 (norm_bias_factor).
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class FlatSGD:
         weight_decay: float,
         nesterov: bool = False,
         decay_vectors: bool = True,
+        norm_bias_factor: float = 1.0,
         loss_scale: float = 1.0,
         clip: float = 0.0,
         passengers: int = 0,
@@ -95,20 +99,32 @@ class FlatSGD:
     ):
         others = set(ahead)
         trained = [p for p in model.parameters() if p.requires_grad and p not in others]
+        boosted = set() if norm_bias_factor == 1 else set(_norm_biases(model))
+        scaled = [p for p in trained if p in boosted]
+        trained = [p for p in trained if p not in boosted]
         decayed = [p for p in trained if decay_vectors or p.dim() > 1]
         rest = [p for p in trained if not decay_vectors and p.dim() <= 1]
-        groups = [(list(ahead), 0.0), (decayed, weight_decay), (rest, 0.0)]
+        scaled_decay = weight_decay / norm_bias_factor if decay_vectors else 0.0
+        groups = [
+            (list(ahead), 0.0),
+            (decayed, weight_decay),
+            (rest, 0.0),
+            (scaled, scaled_decay),
+        ]
         self._groups = [(members, decay) for members, decay in groups if members]
-        self._members = [*ahead, *decayed, *rest]
+        self._members = [*ahead, *decayed, *rest, *scaled]
         self._settings: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov}
         self._weight_decay, self._clip = weight_decay, clip
         self._implementation = implementation
 
         self.parameters = flatten(self._members)
-        self._start = int((decayed + rest)[0].storage_offset())
-        end = int(rest[0].storage_offset()) if rest else self.parameters.numel()
-        self._decayed = end - self._start
         P = self.parameters.numel()
+        self._start = int((decayed + rest + scaled)[0].storage_offset())
+        bare = rest if decay_vectors else rest + scaled
+        end = int(bare[0].storage_offset()) if bare else P
+        self._decayed = end - self._start
+        self._scaled = P - int(scaled[0].storage_offset()) if scaled else 0
+        self._lr_factor = norm_bias_factor
         self.exchanged = self.parameters.new_zeros(P + passengers)
         self.gradients, self.passengers = self.exchanged[:P], self.exchanged[P:]
         self.momenta = torch.zeros_like(self.parameters)
@@ -158,6 +174,8 @@ class FlatSGD:
             self.loss_scale,
             self.skipped,
             decayed=self._decayed,
+            scaled=self._scaled,
+            lr_factor=self._lr_factor,
             weight_decay=self._weight_decay,
             implementation=self._implementation,
             **self._settings,
@@ -217,6 +235,11 @@ class FlatSGD:
             unused = {"maximize": False, "differentiable": False, "foreach": None, "fused": None}
             groups.append({**settings, **unused, "params": places})
         return groups
+
+
+def _norm_biases(model: nn.Module) -> list[nn.Parameter]:
+    norms = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm))
+    return [norm.bias for norm in norms if norm.bias is not None]
 
 
 class Lookahead:
