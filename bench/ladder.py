@@ -32,9 +32,12 @@ _ON_ITS_FEET = 20.0  # seconds without which no rung is begun
 # groups of test files; of each the tests that are marked gpu come before the others, which run on
 # the GPU, too, but say something without one
 TESTED = {
-    "kernels": ("trunk", "conv_bn_relu", "kernels_raw", "shortcut_a"),
-    "steps": ("engine", "network", "optimizer", "loader", "memory"),
-    "programs": ("bench_trunk", "bench_measure", "bench_suites", "train"),
+    "kernels": ("trunk", "conv_bn_relu", "kernels_raw", "shortcut_a", "linear_cross_entropy"),
+    "steps": ("engine", "network", "optimizer", "loader", "memory", "record_step", "many"),
+    "programs": (
+        *("first_run", "bench_trunk", "bench_measure", "bench_failures", "bench_suites"),
+        *("tune", "train"),
+    ),
 }
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 

@@ -493,7 +493,7 @@ def _verify_kernels(config: TrainConfig, processes: Processes) -> None:
     implementation = "reference" if plain else config.implementation
     network = "trunk" if config.shortcut == "A" else "conv_bn_relu"
     with processes.first_here_first():
-        own = verify_run(implementation, _dtype(config), processes.device, network)
+        own = verify_run(implementation, _dtype(config), processes.device, network, config.width)
     for operation in operations_of_run(network):
         for name in ops.OPERATIONS[operation][:-1]:
             failed = (operation, name) in own

@@ -124,6 +124,15 @@ def test_the_rungs_are_in_order_and_have_programs(tmp_path):
         for part in rung.command:
             if part.startswith("tests/"):
                 assert (ROOT / part).exists(), part
+    own_rung = {"selfcheck"}  # its test is the command
+    itself = {Path(__file__).stem.removeprefix("test_")}
+    marked = {
+        path.stem.removeprefix("test_")
+        for path in (ROOT / "tests").glob("test_*.py")
+        if "mark.gpu" in path.read_text()
+    }
+    tested = {name for names in ladder.TESTED.values() for name in names}
+    assert marked - own_rung - itself <= tested
     for group, files in ladder.TESTED.items():
         marked = [
             name for name in files if "mark.gpu" in (ROOT / f"tests/test_{name}.py").read_text()

@@ -146,6 +146,11 @@ def test_float32_is_not_checked_on_kernels_that_do_not_take_it(checked):
     assert checked.names[0] == "trunk, triton, fp32, quick"
 
 
+def test_a_wider_network_is_not_checked_on_kernels_that_do_not_take_it(checked):
+    verify_run("auto", "fp16", GPU, "trunk", 2, say=lambda line: None)
+    assert checked.names[0] == "trunk, triton, fp16, quick"
+
+
 def test_auto_takes_the_next_implementation(checked):
     checked.bad = ("trunk, cuda, fp16",)
     for _ in range(2):  # it is said at every run, and checked once
@@ -235,9 +240,10 @@ class Others:
 @pytest.mark.parametrize(
     ("given", "asked"),
     [
-        ({}, [("auto", "fp16", GPU, "trunk")]),
-        ({"shortcut": "B"}, [("auto", "fp16", GPU, "conv_bn_relu")]),
-        ({"implementation": "triton", "dtype": "bf16"}, [("triton", "bf16", GPU, "trunk")]),
+        ({}, [("auto", "fp16", GPU, "trunk", 1)]),
+        ({"width": 2}, [("auto", "fp16", GPU, "trunk", 2)]),
+        ({"shortcut": "B"}, [("auto", "fp16", GPU, "conv_bn_relu", 1)]),
+        ({"implementation": "triton", "dtype": "bf16"}, [("triton", "bf16", GPU, "trunk", 1)]),
         ({"no_selfcheck": True}, []),
     ],
 )

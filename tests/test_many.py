@@ -17,7 +17,7 @@ from cifar_resnet_fast import TrainConfig, train
 from cifar_resnet_fast.train import main
 from cifar_resnet_fast.training import many
 from cifar_resnet_fast.training.engine import EngineGroup
-from cifar_resnet_fast.training.memory import networks_that_fit
+from cifar_resnet_fast.training.memory import BatchTooLargeError, networks_that_fit
 
 CONFIG = TrainConfig(
     depth=8,
@@ -316,8 +316,9 @@ class _Card:
     def __init__(self, available):
         self.processes = self.device = self
         self.type = "cuda"
-        self.data = self.training = self.engine = self
-        self.part_size, self._available = 16, available
+        self.data = self.training = self.engine = self.config = self
+        self.part_size = self.batch_size = 16
+        self.count, self._available = 1, available
 
     def planned_bytes(self, pictures):
         return 100, 40, self._available
@@ -331,6 +332,27 @@ def test_the_plan_says_what_fits(capsys):
     message = "at_once must be at most 6, as many networks as fit into the GPU's memory, got 7"
     with pytest.raises(ValueError, match=f"^{message}$"):
         many.number_at_once("7", _Card(1000), 8)
+
+
+class _SmallCard(_Card):
+    """One that has memory for so many images, and for none while the step is planned."""
+
+    def planned_bytes(self, pictures):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def release(self):
+        return self._available
+
+    def step_bytes(self, pictures):
+        if 10 * pictures > self._available:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return 10 * pictures
+
+
+def test_a_network_that_does_not_fit_alone_is_one_line():
+    message = "^batch_size must fit into the GPU's memory, got 16: about .*; at most 10 fit$"
+    with pytest.raises(BatchTooLargeError, match=message):
+        many.number_at_once("auto", _SmallCard(100), 8)
 
 
 def test_auto_on_a_cpu_is_one(tmp_path, capsys):

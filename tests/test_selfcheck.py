@@ -14,7 +14,8 @@ import torch
 from rehearsal import Rehearsal
 
 from cifar_resnet_fast import ops, selfcheck
-from cifar_resnet_fast.verification import checks, networks, repeats
+from cifar_resnet_fast.processes import ProcessLostError
+from cifar_resnet_fast.verification import checks, exchange, networks, repeats
 from cifar_resnet_fast.verification.budget import (
     Compared,
     Unavailable,
@@ -178,6 +179,21 @@ def test_interpreted_kernels_pass(operation):
         assert "case" in check.run()
 
 
+def test_evaluation_is_held_to_a_budget_without_tf32(monkeypatch):
+    """Eager's error, of which the budget is made, would be that of 10 bits."""
+    usual, seen = ops.trunk, []
+
+    def looking(*arguments, **named):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return usual(*arguments, **named)
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as it is by default
+    monkeypatch.setattr(checks.ops, "trunk", looking)
+    checks._evaluated(checks.trunk.draw(8, 1, torch.float32, CPU), "reference")
+    assert seen == [False] * 3
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_quick_checks_are_of_what_a_run_uses():
     kernels = {"trunk": "cuda", "load_batch": "triton", "sgd": "triton", "shortcut_a": "reference"}
     quick = checks.quick_checks(torch.device("cuda"), kernels, "bf16")
@@ -335,6 +351,26 @@ def test_two_processes_exchange():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_sum_that_does_not_come_is_an_error(monkeypatch):
+    """Reading it would wait for ever: nothing but the device sees the sum in a graph."""
+
+    class Silent:
+        rank, count, device = 0, 2, CPU
+
+        def __init__(self, *_, **__):
+            pass
+
+        def all_reduce(self, tensor):
+            pass
+
+        def wait(self):
+            raise ProcessLostError("the GPU has waited for it for 60 s")
+
+    monkeypatch.setattr(exchange, "Processes", Silent)
+    with pytest.raises(ProcessLostError):
+        exchange.main("cpu")
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -161,6 +161,7 @@ def _linear_cross_entropy_kernel(
                 dbias = tl.sum(dlogits, 0)
                 out = partials_ptr + K * C + offs_k
                 dbias += tl.load(out, mask=mask_k & again, other=0.0)
+                tl.debug_barrier()  # several threads have loaded an element, and one stores it
                 tl.store(out, dbias, mask=mask_k)
                 for first_c in tl.range(0, C, BLOCK_C, num_stages=1):
                     offs_c = first_c + tl.arange(0, BLOCK_C)

@@ -26,6 +26,7 @@ def _record_step_kernel(
     step = tl.load(step_ptr)
     column = metrics_ptr + step % columns
     following = step + 1
+    tl.debug_barrier()  # all threads have loaded the step, and one stores it
     tl.store(column, tl.load(loss_ptr))
     tl.store(column + columns, tl.load(hits_ptr))
     tl.store(column + 2 * columns, tl.load(skipped_ptr).to(tl.float32))

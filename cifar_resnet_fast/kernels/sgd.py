@@ -61,7 +61,9 @@ def _sgd_kernel(
     offs_flag = tl.arange(0, FLAGS)
     bad = tl.max(tl.load(flags_ptr + offs_flag, mask=offs_flag < checked, other=0), 0)
     if tl.program_id(0) == 0:
-        tl.store(skipped_ptr, tl.load(skipped_ptr) + bad)
+        skipped = tl.load(skipped_ptr) + bad
+        tl.debug_barrier()  # all threads have loaded it, and one stores it
+        tl.store(skipped_ptr, skipped)
     if bad == 0:
         parameter = tl.load(parameters_ptr + offs, mask=mask, other=0.0)
         gradient = tl.load(gradients_ptr + offs, mask=mask, other=0.0)

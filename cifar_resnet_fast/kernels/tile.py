@@ -41,4 +41,7 @@ def finish_dx(dx, a, residual_ptr, raw_ptr, raw_affine_ptr, dx_ptr, offs_pc, mas
     dz = tl.where(a > 0, dx, 0.0).to(dx_ptr.dtype.element_ty).to(tl.float32)
     mean = tl.load(raw_affine_ptr + offs_c)
     raw = tl.load(raw_ptr + offs_pc, mask=mask_pc, other=0.0).to(tl.float32)
-    return dz, dz * (raw - mean[None, :])
+    # not a plain product: the compiler would fuse it with the first addition of its sum over the
+    # pixels, in which two threads add each other's products. Each would then round another one of
+    # them, and whose sum is kept is chance
+    return dz, tl.fma(dz, raw - mean[None, :], 0.0)

@@ -14,7 +14,11 @@ from cifar_resnet_fast.errors import first_line, is_out_of_memory
 from cifar_resnet_fast.training.capture import CudaGraphs, capture_for
 from cifar_resnet_fast.training.engine import EngineGroup
 from cifar_resnet_fast.training.logbook import Logbook, SilentLogbook, read_metrics
-from cifar_resnet_fast.training.memory import BatchTooLargeError, networks_that_fit
+from cifar_resnet_fast.training.memory import (
+    BatchTooLargeError,
+    batch_must_fit,
+    networks_that_fit,
+)
 from cifar_resnet_fast.training.run import Run, RunStopped
 from cifar_resnet_fast.training.signals import StopRequest, Wish
 
@@ -29,13 +33,16 @@ def number_at_once(wanted: str, first: Run, runs: int) -> int:
 
     Raises:
         ValueError: so many do not fit
+        BatchTooLargeError: not even one does
     """
     if first.processes.device.type != "cuda":
         count = 1 if wanted == "auto" else int(wanted)
         turns = "one network at a time" if count == 1 else f"{count} networks step in turn"
         print(f"{turns}: on a CPU, training at once takes as long as one after the other")
         return count
-    fit = max(networks_that_fit(*first.engine.planned_bytes(first.data.training.part_size)), 1)
+    with batch_must_fit(first.config.batch_size, first.processes, first.engine):
+        planned = first.engine.planned_bytes(first.data.training.part_size)
+    fit = max(networks_that_fit(*planned), 1)
     count = min(fit, runs) if wanted == "auto" else int(wanted)
     if count > fit:
         raise ValueError(

@@ -24,6 +24,7 @@ from cifar_resnet_fast.verification.budget import (
     Unavailable,
     WrongResult,
     assert_within_budget,
+    without_tf32,
 )
 from cifar_resnet_fast.verification.measure import copy_bandwidth, time_calls
 from cifar_resnet_fast.verification.networks import Problem, make_step, verify_step
@@ -196,11 +197,12 @@ def _evaluated(problem: trunk.Problem, implementation: str) -> tuple[Tensor, Ten
         for unit in problem.units
     ]
     images = problem.pictures
-    exact = ops.trunk(images.double(), wide, training=False, implementation="reference")
-    eager, ours = (
-        ops.trunk(images, problem.units, training=False, implementation=name)
-        for name in ("reference", implementation)
-    )
+    with without_tf32():
+        exact = ops.trunk(images.double(), wide, training=False, implementation="reference")
+        eager, ours = (
+            ops.trunk(images, problem.units, training=False, implementation=name)
+            for name in ("reference", implementation)
+        )
     return ours, eager, exact
 
 

@@ -26,13 +26,18 @@ def operations_of_run(network: str) -> tuple[str, ...]:
 
 
 def kernels_of_run(
-    implementation: str, dtype: str, device: torch.device, network: str = "trunk"
+    implementation: str,
+    dtype: str,
+    device: torch.device,
+    network: str = "trunk",
+    width: int = 1,
 ) -> dict[str, str]:
-    """The implementation of each of ``operations_of_run`` that a run takes."""
+    """The implementation of each of ``operations_of_run`` that a run takes; see ``verify_run``."""
     kernels = {name: ops.choose("auto", device, name) for name in operations_of_run(network)}
     if implementation != "auto":
         kernels[network] = implementation
-    elif kernels.get("trunk") == "cuda" and dtype == "fp32":  # of which it has no kernels
+    elif kernels.get("trunk") == "cuda" and (dtype == "fp32" or width != 1):
+        # of which it has no kernels
         names = ops.OPERATIONS["trunk"][1:]
         kernels["trunk"] = next(n for n in names if ops.why_not(n, device, "trunk") is None)
     return kernels
@@ -43,6 +48,7 @@ def verify_run(
     dtype: str,
     device: torch.device,
     network: str = "trunk",
+    width: int = 1,
     *,
     catalogue: str = CATALOGUE,
     say: Callable[[str], None] = print,
@@ -56,6 +62,7 @@ def verify_run(
         dtype: ``fp32``, ``bf16`` or ``fp16``, of the activations
         device: where it runs
         network: as ``operations_of_run`` has it
+        width: of the network; kernels are checked with the channels of width 1
         catalogue: as ``run_checks`` has it
         say: shows a line
 
@@ -68,7 +75,7 @@ def verify_run(
     verdicts = Verdicts(device)
     failed: list[tuple[str, str]] = []
     while True:
-        kernels = kernels_of_run(implementation, dtype, device, network)
+        kernels = kernels_of_run(implementation, dtype, device, network, width)
         wanted = quick_checks(device, kernels, dtype)
         unknown = [check for check in wanted if verdicts.of(check.kernel) is None]
         if unknown:
@@ -86,7 +93,7 @@ def verify_run(
                 )
             ops.distrust(check.implementation, check.operation, reason)
             failed.append((check.operation, check.implementation))
-            kernels = kernels_of_run(implementation, dtype, device, network)
+            kernels = kernels_of_run(implementation, dtype, device, network, width)
             instead = kernels[check.operation]
             say(f"{check.operation} runs on {instead}, not on {check.implementation}: {reason}")
 

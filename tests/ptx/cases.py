@@ -129,6 +129,8 @@ TRITON = {}
 for name, dtype in DTYPES.items():
     TRITON[f"step-resnet8-{name}"] = functools.partial(training_step, "triton", dtype, 8, 2)
     for key, case in units.CASES.items():
+        if (key, name) == ("stride-2-of-one-pixel", "bf16"):
+            continue  # of eager's gradient oneDNN leaves a tap unwritten, with AVX-512 BF16
         TRITON[f"unit-{key}-{name}"] = functools.partial(units.test_training, case, dtype, CPU)
     for key, sizes in SIZES.items():
         if name != "fp32":  # has no fused backward
