@@ -107,7 +107,7 @@ def title(row: dict) -> str:
 def problems(
     cases: Iterable[Case], dtypes: Iterable[str], batches: Iterable[int]
 ) -> Iterator[tuple[Case, str, int | None]]:
-    """Each case in each dtype and batch size; where they do not matter, once."""
+    """Each case in each dtype and batch size, or once if they do not matter."""
     for case in cases:
         if case.batched:
             yield from itertools.product((case,), dtypes, batches)
@@ -119,9 +119,18 @@ def parse(
     parser: argparse.ArgumentParser, arguments: list[str] | None, known: Iterable[str]
 ) -> argparse.Namespace:
     """The options, with ``--implementation`` of ``known``, ``--dtype`` and ``--batch-size``."""
-    parser.add_argument("--implementation", nargs="+", help="by default all that can run")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
-    parser.add_argument("--batch-size", type=int, nargs="+")
+    parser.add_argument(
+        "--implementation",
+        nargs="+",
+        metavar="NAME",
+        help="implementations to measure (default: all that can run)",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="data types of the activations (default: all)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, nargs="+", metavar="N", help="batch sizes (default: 128 1024)"
+    )
     options = parser.parse_args(arguments)
     for name in options.implementation or ():
         if name not in known:
@@ -132,7 +141,7 @@ def parse(
 
 
 def sizes(suite: Suite, options: argparse.Namespace) -> tuple[Iterable[str], Iterable[int]]:
-    """Dtypes and batch sizes: those asked for, or what is usual here."""
+    """Dtypes and batch sizes: those that were given, or the defaults of this device."""
     dtypes, batches = tuple(DTYPES), (128, 1024)
     if not suite.on_gpu:
         dtypes, batches = ("fp32",), (4,)
@@ -143,7 +152,12 @@ def sizes(suite: Suite, options: argparse.Namespace) -> tuple[Iterable[str], Ite
 
 def main(arguments: list[str] | None = None) -> int:
     parser = flags("kernels", __doc__.partition("\n\n")[2])
-    parser.add_argument("--operation", nargs="+", choices=sorted({c.operation for c in CASES}))
+    parser.add_argument(
+        "--operation",
+        nargs="+",
+        choices=sorted({c.operation for c in CASES}),
+        help="operations to measure (default: all)",
+    )
     known = {*ops.IMPLEMENTATIONS, EAGER, COMPILE} - {"reference"}
     known.update(*(case.others for case in CASES))
     options = parse(parser, arguments, known)

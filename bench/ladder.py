@@ -183,10 +183,28 @@ def last_line(log: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = flags("ladder", __doc__.partition("\n\n")[2])
-    parser.add_argument("--minutes", type=float, default=9.0, help="in all (default: 9)")
-    parser.add_argument("--dataset", default="cifar10", help="of the training (default: cifar10)")
-    parser.add_argument("--data-root", default="data", help="its folder (default: data)")
-    parser.add_argument("--list", action="store_true", help="show the rungs and what is done")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=9.0,
+        metavar="N",
+        help="minutes for all rungs (default: 9)",
+    )
+    parser.add_argument(
+        "--dataset",
+        default="cifar10",
+        metavar="NAME",
+        help="data set of the training (default: cifar10)",
+    )
+    parser.add_argument(
+        "--data-root",
+        default="data",
+        metavar="FOLDER",
+        help="folder of the data set (default: data)",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="show the rungs and which of them are done"
+    )
     options = parser.parse_args(arguments)
     if not options.minutes > 0:
         parser.error(f"--minutes must be more than 0, got {options.minutes:g}")

@@ -247,7 +247,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.recipes", description=__doc__.partition("\n\n")[2].replace("``", "")
     )
-    parser.add_argument("folder", type=Path, help="of the runs and the results, new or the last")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the runs and the results, new or the last one",
+    )
     parser.add_argument(
         "--arm",
         type=_arm,
@@ -256,10 +261,26 @@ def main(arguments: list[str] | None = None) -> int:
         help='such as "muon: --recipe fast --epochs 38"; the first is what the others are '
         f"compared with (default: the recipes {', '.join(RECIPES)})",
     )
-    parser.add_argument("--flags", default="", help='of all arms, such as "--depth 56"')
-    parser.add_argument("--seeds", type=int, default=_ENOUGH_SEEDS, help="from 0 on (default: 20)")
-    parser.add_argument("--minutes", type=float, help="begin no run that would end later")
-    parser.add_argument("--target", type=float, default=0.931, help="accuracy, 0 .. 1, to reach")
+    parser.add_argument(
+        "--flags", default="", metavar="FLAGS", help='flags of all arms, such as "--depth 56"'
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=_ENOUGH_SEEDS,
+        metavar="N",
+        help="number of seeds, from 0 (default: 20)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="start no run that would end later"
+    )
+    parser.add_argument(
+        "--target",
+        type=float,
+        default=0.931,
+        metavar="SHARE",
+        help="accuracy to reach, 0 .. 1 (default: 0.931)",
+    )
     options = parser.parse_args(arguments)
     if options.seeds < 1 or not 0 < options.target <= 1:
         parser.error("--seeds must be at least 1 and --target more than 0 and at most 1")

@@ -302,8 +302,20 @@ def _header_lines(rows: list[Row]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     description = __doc__.partition("\n\n")[2].replace("``", "")
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=description)
-    parser.add_argument("files", nargs="*", type=Path, help="default: *.jsonl in --out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="result files (default: *.jsonl in --out)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="folder of the report (default: bench/results)",
+    )
     options = parser.parse_args(arguments)
     paths = options.files or sorted(options.out.glob("*.jsonl"))
     if not paths:

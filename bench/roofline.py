@@ -238,13 +238,25 @@ def _error(what: str, seconds: float, measured: float, unit: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__)
-    parser.add_argument("--card", choices=CARDS, default="RTX 3080")
-    parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="measured, in its place")
-    parser.add_argument("--tflops", type=float, metavar="TFLOP/S", help="measured, in its place")
-    parser.add_argument("--depth", type=int, default=56)
-    parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp16")
-    parser.add_argument("--predict", action="store_true", help="predict the step's time, too")
+    parser.add_argument(
+        "--card", choices=CARDS, default="RTX 3080", help="card (default: RTX 3080)"
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, metavar="GB/S", help="bandwidth measured on the card"
+    )
+    parser.add_argument(
+        "--tflops", type=float, metavar="TFLOP/S", help="tensor-core rate measured on the card"
+    )
+    parser.add_argument(
+        "--depth", type=int, default=56, metavar="N", help="number of layers (default: 56)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1024, metavar="N", help="batch size (default: 1024)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp16", help="data type (default: fp16)"
+    )
+    parser.add_argument("--predict", action="store_true", help="also predict the step's time")
     parser.add_argument(
         "--resources",
         action="store_true",

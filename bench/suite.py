@@ -33,14 +33,14 @@ from cifar_resnet_fast.verification.measure import (
 
 try:
     from triton.errors import TritonError
-except ImportError:  # then nothing raises it
+except ImportError:  # without Triton nothing raises it
 
     class TritonError(Exception):
-        """Of a kernel that does not compile or does not fit the card."""
+        """The error of a kernel that does not compile or does not fit the card."""
 
 
-# what costs one case its time and leaves the others theirs; RuntimeError is what CUDA, its graphs,
-# torch.compile and want of memory raise
+# errors that end one case and not the others; CUDA, its graphs, torch.compile and a lack of memory
+# raise RuntimeError
 FAILURES = (WrongResult, RuntimeError, TritonError)
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,11 +54,15 @@ def flags(suite: str, description: str) -> argparse.ArgumentParser:
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="cpu measures the reference with tiny sizes (default: cuda)",
+        help="device to measure; cpu measures the reference with tiny sizes (default: cuda)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases, shorter samples")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder of the results (default: bench/results)"
+        "--out",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="folder of the results (default: bench/results)",
     )
     return parser
 
@@ -66,7 +70,7 @@ def flags(suite: str, description: str) -> argparse.ArgumentParser:
 class Suite:
     """One run of a suite: where it runs, and where its results go.
 
-    Exits with status 2 and one line on stderr where the device is not there.
+    Exits with status 2 and one line on stderr if there is no such device.
 
     Args:
         name: of the suite, the module's

@@ -217,13 +217,18 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m cifar_resnet_fast.export",
         description="Write a trained network to one file, checked on the CPU.",
     )
-    parser.add_argument("checkpoint", help="a file, a run's folder, or a name, as for --eval")
-    parser.add_argument("--to", required=True, choices=list(SUFFIXES), help="the format")
-    parser.add_argument("--out", type=Path, help="the file; default: the checkpoint's name, here")
+    parser.add_argument("checkpoint", help="a file, a run's folder or a name")
+    parser.add_argument("--to", required=True, choices=list(SUFFIXES), help="format of the file")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the file (default: the checkpoint's name, in this folder)",
+    )
     parser.add_argument(
         "--bytes",
         action="store_true",
-        help="take uint8 images [N, 32, 32, 3] and normalise them inside",
+        help="the network takes uint8 images [N, 32, 32, 3] and normalises them itself",
     )
     options = parser.parse_args(arguments)
     try:

@@ -1,9 +1,9 @@
 """Whether the package works on this machine: ``python -m cifar_resnet_fast.selfcheck`` (layer 5).
 
-Every kernel of every implementation is held against float64 by the budget of the tests, training
-steps have to repeat bitwise, captured and not, and at the end a training step is timed. One line
-a check: ok, failed, or not possible and why. The whole is also written to a JSON file that can be
-attached to a report. Exit status: 0, or 1 if a check failed.
+Every kernel of every implementation is compared with float64 under the error budget of the tests,
+training steps must repeat bitwise, captured and not captured, and at the end a training step is
+timed. Each check prints one line: ok, failed, or not possible with the reason. All results also go
+to a JSON file that can be attached to a report. Exit status: 0, or 1 if a check failed.
 """
 
 import argparse
@@ -40,13 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="auto is the GPU if there is one (default: auto)",
+        help="device to check; auto is the GPU if there is one (default: auto)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("selfcheck.json"),
-        help="the JSON file (default: selfcheck.json)",
+        metavar="FILE",
+        help="JSON file for the results (default: selfcheck.json)",
     )
     options = parser.parse_args(arguments)
     name = options.device

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy
 import pytest
@@ -17,11 +18,11 @@ from rehearsal import Rehearsal
 
 from cifar_resnet_fast import FastResNet, export, load_checkpoint
 from cifar_resnet_fast.train import main
-from cifar_resnet_fast.training.config import TrainConfig, parse_flags
+from cifar_resnet_fast.training.config import GROUPS, TrainConfig, parse_flags
 from cifar_resnet_fast.training.engine import Engine
 from cifar_resnet_fast.training.recipes import RECIPES
 
-# ResNet-8 on 64 drawn pictures: 4 steps an epoch, well under a second
+# ResNet-8 on 64 drawn images: 4 steps an epoch, well under a second
 TINY = (
     "--dataset shapes --limit 64 --depth 8 --batch-size 16 --epochs 3 --lr 0.1 --warmup-epochs 1 "
     "--milestones 2 --device cpu"
@@ -470,6 +471,17 @@ def test_flags_alone_change_nothing_else():
     assert values == {**vars(TrainConfig()), "epochs": 8, "batch_size": 64}
     named, _ = parse_flags("--recipe paper --epochs 8 --batch-size 64".split())
     assert (named.milestones, named.lr) == ((4, 6), pytest.approx(1.2 / 16))
+
+
+def test_help_shows_each_flag_in_one_group_and_with_a_text(capsys):
+    names = [item.name for item in fields(TrainConfig)]
+    assert sorted(name for group in GROUPS.values() for name in group) == sorted(names)
+    with pytest.raises(SystemExit):
+        parse_flags(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"\n{title}:\n" in shown for title in GROUPS)
+    for item in fields(TrainConfig):
+        assert len(item.metadata["help"].split()) > 2, item.name
 
 
 def test_what_is_switched_off_takes_its_settings_along():

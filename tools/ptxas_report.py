@@ -89,7 +89,12 @@ def sources() -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument(
-        "--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES
+        "--arch",
+        type=int,
+        nargs="+",
+        choices=ARCHITECTURES,
+        default=ARCHITECTURES,
+        help="architectures to compile for (default: all)",
     )
     options = parser.parse_args()
     nvcc = find_nvcc()

@@ -279,8 +279,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.triton_report", description=__doc__.split(":")[0]
     )
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        choices=ARCHS,
+        default=list(ARCHS),
+        help="architectures to compile for (default: all)",
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+        help="data types (default: all)",
+    )
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("triton_report compiles: unset TRITON_INTERPRET", file=sys.stderr)

@@ -183,8 +183,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.tune", description=__doc__.split(":")[0]
     )
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="data types (default: bf16)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1024, metavar="N", help="batch size (default: 1024)"
+    )
     options = parser.parse_args()
     batch = options.batch_size
     if batch < 1:

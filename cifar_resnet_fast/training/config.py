@@ -1,4 +1,4 @@
-"""The settings of a training: one frozen dataclass, whose fields are the flags (layer 2)."""
+"""The settings of a training: a frozen dataclass whose fields become the flags (layer 2)."""
 
 import argparse
 import dataclasses
@@ -21,11 +21,13 @@ from cifar_resnet_fast.training.recipes import RECIPES, settings_of
 from cifar_resnet_fast.training.schedules import SCHEDULES
 
 
-def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def _flag(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, metavar: str | None = None
+) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
-# far beyond what anybody trains with, and short of what memory, clocks and float32 bear
+# far above any useful value, and below the limits of memory, clocks and float32
 _MOST = {
     "depth": 12_002,
     "width": 100,
@@ -41,67 +43,79 @@ _MOST = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a training does and where. Each field is the flag of its name.
+    """What a training does and where. Each field becomes a command-line flag.
 
     Raises:
         ValueError: a value breaks its rule; names the field, the rule and the value
     """
 
-    depth: int = _flag(20, "6n + 2 layers; the paper's are 20, 32, 44, 56, 110, 1202")
+    depth: int = _flag(
+        20,
+        "number of layers, 6n + 2; the paper has 20, 32, 44, 56, 110 and 1202",
+        metavar="N",
+    )
     shortcut: str = _flag(
         "A",
-        "of the two blocks that change the shape: A has no parameters; B is a 1x1 convolution and "
-        "a normalisation, and its layers run one by one",
+        "shortcut of the two blocks that change the shape: A has no parameters; B is a 1x1 "
+        "convolution and a normalisation, and a network with it runs layer by layer",
         SHORTCUTS,
     )
-    width: int = _flag(1, "times so many channels as the paper's 16, 32 and 64")
+    width: int = _flag(
+        1, "multiply the paper's 16, 32 and 64 channels by this number", metavar="N"
+    )
     dataset: str = _flag(
         "auto",
-        f"{', '.join(NAMES)}, a .npz file or a folder; auto is cifar10, or shapes (drawn, no "
+        f"{', '.join(NAMES)}, an .npz file or a folder; auto is cifar10, or shapes (drawn, no "
         "download) if CIFAR-10 is not there and cannot be downloaded in five minutes",
+        metavar="NAME",
     )
-    data_root: str = _flag("data", "folder for downloaded data sets")
+    data_root: str = _flag("data", "folder for downloaded data sets", metavar="FOLDER")
     data_url: str | None = _flag(
         None,
-        "where to download the data set from, in place of the known sources: the address of its "
-        "file or, ending with /, of a folder with its files",
+        "address to download the data set from, instead of the known sources: that of its file "
+        "or, ending with /, that of a folder with its files",
     )
     normalization: str = _flag(
         "dataset",
-        "mean and std of the data set's own pictures, or of ImageNet's, which some published "
-        "CIFAR checkpoints were trained with",
+        "normalise with the mean and standard deviation of the data set's own training images, or "
+        "with ImageNet's, which some published CIFAR checkpoints were trained with",
         ("dataset", "imagenet"),
     )
     validation: int = _flag(
-        0, "training pictures held out and evaluated in place of the test set (the paper: 5000)"
+        0,
+        "number of training images to hold out and evaluate instead of the test set (the paper: "
+        "5000)",
+        metavar="N",
     )
-    limit: int | None = _flag(None, "use only the first so many pictures of each split")
+    limit: int | None = _flag(None, "use only the first N images of each split", metavar="N")
 
     recipe: str = _flag(
         "paper",
-        "named settings, which the other flags change one by one. If it is given with --epochs, "
-        "its warm-up, milestones, start of the average and unmixed epochs keep their share of the "
-        "run; with --batch-size, its learning rate changes in proportion",
+        "named settings, which the other flags change one by one. If --epochs is given too, the "
+        "recipe's warm-up, milestones, start of the average and unmixed epochs keep their share "
+        "of the run; if --batch-size is, its learning rate changes in proportion",
         tuple(RECIPES),
     )
-    epochs: int = _flag(160, "passes over the training pictures")
+    epochs: int = _flag(160, "number of passes over the training images", metavar="N")
     batch_size: int = _flag(
         1024,
-        "pictures a step, of all processes together; what is left over in an epoch is dropped",
+        "images per step, over all processes; the partial batch at the end of an epoch is dropped",
+        metavar="N",
     )
     batch_size_per_process: int | None = _flag(
-        None, "pictures a step and process, in place of --batch-size"
+        None, "images per step and process, instead of --batch-size", metavar="N"
     )
     lr: float = _flag(1.2, "peak learning rate")
     optimizer: str = _flag(
         "sgd",
-        "of the 3x3 convolutions; muon has no weight decay, and SGD trains the other parameters",
+        "optimiser of the 3x3 convolutions; muon has no weight decay, and SGD trains the other "
+        "parameters",
         ("sgd", "muon"),
     )
     muon_lr: float = _flag(0.24, "peak learning rate of muon, which follows the same schedule")
-    momentum: float = _flag(0.9, "of SGD and muon")
-    nesterov: bool = _flag(False, "Nesterov's momentum in place of the plain one")
-    weight_decay: float = _flag(1e-4, "of SGD, on all parameters")
+    momentum: float = _flag(0.9, "momentum of SGD and muon", metavar="FACTOR")
+    nesterov: bool = _flag(False, "use Nesterov's momentum instead of the plain one")
+    weight_decay: float = _flag(1e-4, "weight decay of SGD, on all parameters")
     decay_weights_only: bool = _flag(
         False, "no weight decay on the normalisations' parameters and the biases"
     )
@@ -111,34 +125,51 @@ class TrainConfig:
         "divided by it",
     )
     schedule: str = _flag(
-        "step", "how the learning rate falls after the warm-up: in tenths or gradually", SCHEDULES
+        "step",
+        "how the learning rate falls after the warm-up: to a tenth at each milestone or gradually",
+        SCHEDULES,
     )
-    warmup_epochs: float = _flag(5.0, "epochs over which the learning rate rises to the peak")
+    warmup_epochs: float = _flag(
+        5.0, "number of epochs over which the learning rate rises to its peak", metavar="N"
+    )
     milestones: tuple[int, ...] = _flag(
-        (80, 120), "epochs at which it drops to a tenth, with --schedule step"
+        (80, 120),
+        "epochs at which the learning rate drops to a tenth, with --schedule step",
+        metavar="EPOCH",
     )
     final_lr: float = _flag(
-        0.0, "share of the peak at which the run ends, with the other schedules"
+        0.0,
+        "learning rate at the end of the run as a share of its peak, with the other schedules",
+        metavar="SHARE",
     )
-    clip: float = _flag(0.0, "most that the gradient's norm may be, over all parameters (0: any)")
+    clip: float = _flag(
+        0.0, "largest norm of the gradient over all parameters (0: no limit)", metavar="NORM"
+    )
     lookahead: int = _flag(
-        0, "steps after which slow weights follow and training goes on from them (0: none)"
+        0,
+        "number of steps after which Lookahead moves its slow weights towards the trained ones "
+        "and training continues from there (0: off)",
+        metavar="STEPS",
     )
     lookahead_share: float = _flag(
-        0.5, "of the way that the slow weights go, more than 0, up to 1"
+        0.5, "share of the way that the slow weights move, more than 0 and at most 1"
     )
-    label_smoothing: float = _flag(0.0, "of the training loss, 0 to 1")
+    label_smoothing: float = _flag(
+        0.0, "label smoothing of the training loss, at least 0 and less than 1", metavar="SHARE"
+    )
     flip: str = _flag(
         "random",
         "mirror each training image at random, or in every second epoch",
         FLIPS,
     )
     crop_padding: int = _flag(
-        CROP_PADDING, "pixels around each training image before its random crop"
+        CROP_PADDING,
+        "number of pixels added on each side of a training image before its random crop",
+        metavar="PIXELS",
     )
     padding_mode: str = _flag(
         "zeros",
-        "what these pixels are: black, or the image reflected at its border",
+        "make these pixels black, or reflect the image at its border",
         PADDING_MODES,
     )
     trivial_augment: bool = _flag(
@@ -149,90 +180,134 @@ class TrainConfig:
     cutout: int = _flag(0, "side of the square taken away from each training picture (0: none)")
     mixup: float = _flag(
         0.0,
-        "blend each image with another: parameter of the Beta distribution of its share, up to 1 "
-        "(0: none); with --cutmix too, each step has one of them",
+        "blend each training image with another one: parameter of the Beta distribution from "
+        "which the share is drawn, up to 1 (0: off); if --cutmix is given too, each step uses one "
+        "of the two",
+        metavar="ALPHA",
     )
     cutmix: float = _flag(
-        0.0, "paste a box of another image into each: parameter of its share, up to 1 (0: none)"
+        0.0,
+        "paste a box of another image into each training image: parameter of the Beta "
+        "distribution from which its share is drawn, up to 1 (0: off)",
+        metavar="ALPHA",
     )
-    unmixed_epochs: int = _flag(0, "last epochs of the run without --mixup and --cutmix")
-    ema: float = _flag(0.0, "decay a step of averaged weights to evaluate with; 0 for none")
+    unmixed_epochs: int = _flag(
+        0, "number of epochs at the end of the run without --mixup and --cutmix", metavar="N"
+    )
+    ema: float = _flag(
+        0.0,
+        "decay per step of the average of the weights that is evaluated (0: no average)",
+        metavar="DECAY",
+    )
     ema_start: float = _flag(
-        0.0, "epochs after which the average starts, as a copy of the weights of then"
+        0.0,
+        "number of epochs after which the average starts, as a copy of the weights",
+        metavar="EPOCHS",
     )
     ema_floor: float | None = _flag(
         None,
-        "lowest decay of the average, which then rises from there to --ema as (1 + n) / (10 + n) "
-        "after n steps (default: --ema from the first step on)",
+        "lowest decay of the average, which then rises to --ema as (1 + n) / (10 + n) after n "
+        "steps (default: --ema from the first step on)",
+        metavar="DECAY",
     )
     zero_init_last: bool = _flag(
-        False, "the last normalisation of each block starts with scale 0 in place of 1"
+        False, "start the last normalisation of each block with scale 0 instead of 1"
     )
-    evaluate_every: int = _flag(1, "epochs between evaluations; the last one has its own always")
+    evaluate_every: int = _flag(
+        1, "number of epochs between evaluations; the last epoch is always evaluated", metavar="N"
+    )
     tta: str = _flag(
         "none",
-        "flip adds the accuracy of the mean over each image and its mirror image",
+        "flip adds the accuracy of predictions averaged over each image and its mirror image",
         ("none", "flip"),
     )
-    seed: int = _flag(0, "of the initial weights and of every random draw")
-    runs: int = _flag(1, "train so many times, with seeds from --seed on")
+    seed: int = _flag(0, "seed of the initial weights and of every random draw", metavar="N")
+    runs: int = _flag(1, "number of runs, with consecutive seeds starting at --seed", metavar="N")
     sweep: tuple[str, ...] = _flag(
         (),
         "train with each combination of these settings, such as lr=0.6,1.2 weight-decay=0,1e-4",
+        metavar="NAME=VALUES",
     )
     at_once: str | None = _flag(
         None,
-        "with --runs or --sweep: networks that train at the same time on one GPU, a number or "
-        "auto, which is as many as fit into its memory",
+        "with --runs or --sweep: number of networks that train at the same time on one GPU, or "
+        "auto for as many as fit into its memory",
+        metavar="N",
     )
 
     dtype: str = _flag(
         "auto",
-        "of the activations; auto is fp16 on a GPU and fp32 on a CPU",
+        "data type of the activations; auto is fp16 on a GPU and fp32 on a CPU",
         ("auto", "fp32", "bf16", "fp16"),
     )
     loss_scale: float | None = _flag(
         None,
-        "the backward pass runs on the loss times this (default: 1024 in fp16, else 1); a step "
+        "factor on the loss in the backward pass (default: 1024 in fp16, otherwise 1); a step "
         "whose gradients overflow is skipped and counted",
+        metavar="FACTOR",
     )
     sync_bn: bool = _flag(
         False,
-        "batch normalisation over all processes, in plain PyTorch (without: over each one's)",
+        "normalise over the images of all processes, in plain PyTorch, instead of over those of "
+        "each process",
     )
-    timeout: float = _flag(300.0, "seconds to wait for a process that does not answer")
-    device: str = _flag("auto", "auto is the GPU where there is one", ("auto", "cpu", "cuda"))
+    timeout: float = _flag(
+        300.0, "number of seconds to wait for a process that does not answer", metavar="SECONDS"
+    )
+    device: str = _flag(
+        "auto", "device to run on; auto is the GPU if there is one", ("auto", "cpu", "cuda")
+    )
     implementation: str = _flag(
-        "auto", "of the layers; auto is the fastest that can run", ("auto", *ops.IMPLEMENTATIONS)
+        "auto",
+        "implementation of the layers; auto is the fastest that can run",
+        ("auto", *ops.IMPLEMENTATIONS),
     )
 
-    out: str | None = _flag(None, "folder of the run, new or empty; default: a new one in runs/")
-    config: str | None = _flag(
-        None, "config.json of a run, whose settings the other flags change one by one"
+    out: str | None = _flag(
+        None,
+        "folder of the run, new or empty (default: a new folder in runs/)",
+        metavar="FOLDER",
     )
-    resume: str | None = _flag(None, "folder of a stopped run to continue with its own settings")
+    config: str | None = _flag(
+        None,
+        "config.json of a run, whose settings the other flags change one by one",
+        metavar="FILE",
+    )
+    resume: str | None = _flag(
+        None, "folder of a stopped run, which continues with its own settings", metavar="FOLDER"
+    )
     eval: str | None = _flag(
         None,
         "checkpoint to evaluate on the test set, without training; --dataset may be a folder of "
         "test sets, such as CIFAR-10-C's .npy files",
+        metavar="CHECKPOINT",
     )
     mean: str | None = _flag(
-        None, "with --eval: of the channels, such as 0.4914,0.4822,0.4465; with --std"
+        None,
+        "with --eval and --std: mean of each channel, such as 0.4914,0.4822,0.4465",
+        metavar="R,G,B",
     )
-    std: str | None = _flag(None, "with --eval: of the channels, three numbers; with --mean")
-    predictions: str | None = _flag(None, "with --eval: .csv file to write with a row an image")
-    confusion: str | None = _flag(None, "with --eval: .png file to draw the confusion matrix to")
-    tensorboard: bool = _flag(False, "write TensorBoard events into the run's folder, too")
+    std: str | None = _flag(
+        None, "with --eval and --mean: standard deviation of each channel", metavar="R,G,B"
+    )
+    predictions: str | None = _flag(
+        None, "with --eval: .csv file for the predictions, one row per image", metavar="FILE"
+    )
+    confusion: str | None = _flag(
+        None, "with --eval: .png file for a drawing of the confusion matrix", metavar="FILE"
+    )
+    tensorboard: bool = _flag(False, "write TensorBoard events into the run's folder too")
     profile: bool = _flag(
-        False, "write a trace of five steps, for chrome://tracing or Perfetto, into the folder"
+        False,
+        "write a trace of five steps into the run's folder, for chrome://tracing or Perfetto",
     )
     no_selfcheck: bool = _flag(
-        False, "do not check the kernels before the first run on a card and a build"
+        False, "skip the check of the kernels before the first run with a card and a build"
     )
 
     def __post_init__(self):
         check_depth(self.depth)
-        for name in ("dataset", "data_root", *PLACES):  # as an unset shell variable leaves them
+        for name in ("dataset", "data_root", *PLACES):  # an unset shell variable gives ""
             self._check(
                 name,
                 lambda v: not isinstance(v, str) or bool(v.strip()),
@@ -284,7 +359,7 @@ class TrainConfig:
         self._check(
             "loss_scale", lambda v: v is None or (v > 0 and math.isfinite(v)), "more than 0"
         )
-        self._check("nesterov", lambda v: not v or self.momentum > 0, "off where momentum is 0")
+        self._check("nesterov", lambda v: not v or self.momentum > 0, "off if momentum is 0")
         for name in ("momentum", "label_smoothing", "ema"):
             self._check(name, lambda v: 0 <= v < 1, "at least 0 and less than 1")
         for name in ("mixup", "cutmix"):
@@ -381,8 +456,8 @@ class TrainConfig:
                 raise ValueError(f"sweep: {error}") from None
 
     def settings(self) -> list[dict[str, str]]:
-        """Each combination of the sweep, as the texts that were given; one that is empty without
-        a sweep."""
+        """Each combination of the sweep, as the texts that were given; without a sweep a single
+        empty one."""
         swept = [_swept(item) for item in self.sweep]
         names = [name for name, _ in swept]
         texts = itertools.product(*(texts for _, texts in swept))
@@ -394,7 +469,7 @@ class TrainConfig:
 
     def members(self) -> dict[str, "TrainConfig"]:
         """The single runs of a config of several, by the name of their folder; the seeds of a
-        combination follow each other."""
+        combination are consecutive."""
         return {
             name_of_setting(setting, seed): dataclasses.replace(
                 self._with_setting(setting), seed=seed
@@ -409,8 +484,8 @@ class TrainConfig:
         return self.runs > 1 or bool(self.sweep)
 
     def check_at_once(self, runs: int, processes: int) -> None:
-        """``at_once`` fits the number of runs, that of processes and the other settings;
-        ValueError if not."""
+        """Raise ValueError unless ``at_once`` fits the number of runs, the number of processes
+        and the other settings."""
         if self.at_once is None:
             return
         self._check(
@@ -427,14 +502,15 @@ class TrainConfig:
     def of_recipe(cls, recipe: str, **changes: Any) -> "TrainConfig":
         """The settings of a named recipe, one of ``RECIPES``, with some of them changed.
 
-        ``recipes.settings_of`` says what goes with other epochs or another batch size.
+        ``recipes.settings_of`` says what changes with the number of epochs or the batch size.
         """
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
         return cls(recipe=recipe, **settings_of(recipe, changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """What is trained, as plain values for config.json; not what is about the call."""
+        """The settings of the training as plain values for config.json, without those of the
+        call."""
         values = dataclasses.asdict(self)
         for name in PLACES:
             del values[name]
@@ -454,7 +530,7 @@ class TrainConfig:
         return cls(**{"milestones": (), **values, **tuples})
 
 
-# what a sweep may change: none of it changes the shape of a tensor, or the data set
+# settings that a sweep may change: none of them changes the shape of a tensor, or the data set
 SWEPT = (
     "lr",
     "momentum",
@@ -497,7 +573,7 @@ def _swept(item: str) -> tuple[str, list[str]]:
 
 
 def _value_of(name: str, text: str) -> Any:
-    """The value of a setting out of a text; ValueError if it is none."""
+    """The value of a setting from a text; ValueError if the text is not one."""
     hint = typing.get_type_hints(TrainConfig)[name]
     kind = next(t for t in typing.get_args(hint) or (hint,) if t is not None)
     if kind is bool:
@@ -508,13 +584,13 @@ def _value_of(name: str, text: str) -> Any:
 
 
 def name_of_setting(setting: dict[str, str], seed: int | None = None) -> str:
-    """How a combination is called, with a seed the name of its run's folder, such as
+    """The name of a combination, or with a seed that of its run's folder, such as
     ``lr=0.6_weight-decay=1e-4_seed-0``."""
     parts = [f"{flag_of(name).removeprefix('--')}={text}" for name, text in setting.items()]
     return "_".join(parts + ([] if seed is None else [f"seed-{seed}"]))
 
 
-# what is about the call, not about the training
+# settings of the call, not of the training
 PLACES = (
     "data_url",
     "out",
@@ -530,8 +606,68 @@ PLACES = (
 )
 
 
+# the groups of --help, with the fields of each
+GROUPS = {
+    "model": ("depth", "shortcut", "width", "zero_init_last"),
+    "data": ("dataset", "data_root", "data_url", "normalization", "validation", "limit"),
+    "optimisation": (
+        "recipe",
+        "epochs",
+        "batch_size",
+        "batch_size_per_process",
+        "lr",
+        "optimizer",
+        "muon_lr",
+        "momentum",
+        "nesterov",
+        "weight_decay",
+        "decay_weights_only",
+        "schedule",
+        "warmup_epochs",
+        "milestones",
+        "final_lr",
+        "clip",
+        "lookahead",
+        "lookahead_share",
+        "label_smoothing",
+        "ema",
+        "ema_start",
+        "ema_floor",
+    ),
+    "augmentation": (
+        "flip",
+        "crop_padding",
+        "padding_mode",
+        "cutout",
+        "mixup",
+        "cutmix",
+        "unmixed_epochs",
+    ),
+    "seeds and runs": ("seed", "runs", "sweep", "at_once"),
+    "precision and devices": (
+        "dtype",
+        "loss_scale",
+        "sync_bn",
+        "timeout",
+        "device",
+        "implementation",
+        "no_selfcheck",
+    ),
+    "evaluation": (
+        "evaluate_every",
+        "tta",
+        "eval",
+        "mean",
+        "std",
+        "predictions",
+        "confusion",
+    ),
+    "output": ("out", "config", "resume", "tensorboard", "profile"),
+}
+
+
 def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON fits the type of a field."""
+    """Whether a value from JSON fits the type of a field."""
     if typing.get_origin(hint) is tuple:
         return isinstance(value, list) and all(
             type(item) is typing.get_args(hint)[0] for item in value
@@ -541,43 +677,45 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 
 def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[str, Any]]:
-    """The settings of a command line, and of these the ones that were given on it.
+    """The settings of a command line, and those among them that were given on it.
 
     Raises:
-        ValueError: as ``TrainConfig``; or a flag is unknown, or its value no such type
+        ValueError: as ``TrainConfig``; or a flag is unknown, or its value has the wrong type
     """
     parser = _Parser(
         prog="python -m cifar_resnet_fast.train",
-        description="Train a CIFAR ResNet (He et al. 2015). The defaults are the recipe: "
-        "160 epochs of SGD at batch size 1024.",
+        description='Train a CIFAR ResNet (He et al. 2015). The defaults are the "paper" recipe: '
+        "160 epochs of SGD with batches of 1024 images.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    group_of = {name: groups[title] for title, names in GROUPS.items() for name in names}
     hints = typing.get_type_hints(TrainConfig)
     for item in dataclasses.fields(TrainConfig):
         options: dict[str, Any] = {"help": item.metadata["help"]}
         hint = hints[item.name]
         if hint is bool:
-            # one that says no already has no opposite
+            # a flag whose name begins with --no has no opposite
             negative = item.name.startswith("no_")
             options["action"] = "store_true" if negative else argparse.BooleanOptionalAction
         elif typing.get_origin(hint) is tuple:
-            kind = typing.get_args(hint)[0]
-            metavar = "EPOCH" if kind is int else "NAME=VALUES"
-            options |= {"type": kind, "nargs": "*", "metavar": metavar}
+            metavar = item.metadata["metavar"]
+            options |= {"type": typing.get_args(hint)[0], "nargs": "*", "metavar": metavar}
         else:
             options["type"] = next(t for t in typing.get_args(hint) or (hint,) if t is not None)
             options["choices"] = item.metadata["choices"]
             if not options["choices"]:
-                options["metavar"] = item.name.split("_")[-1].upper()
+                last_word = item.name.split("_")[-1].upper()
+                options["metavar"] = item.metadata["metavar"] or last_word
         if item.default not in (None, ()) and hint is not bool:
             shown: Any = item.default
             if isinstance(shown, tuple):
                 shown = " ".join(map(str, shown))
             options["help"] += f" (default: {shown})"
-        parser.add_argument(flag_of(item.name), **options)
+        group_of.get(item.name, parser).add_argument(flag_of(item.name), **options)
     arguments = sys.argv[1:] if arguments is None else arguments
-    # argparse takes the -- of --flag=-- away, and with it the value
+    # argparse removes the -- of --flag=--, which is then without a value
     empty = next(
         (text for text in arguments if text.startswith("--") and text[2:].endswith("=--")), None
     )
@@ -604,7 +742,7 @@ def _read_config(path: str) -> TrainConfig:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line: the usage, a screenful, is for --help."""
+    """Print one-line errors; the full usage is in --help."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(message.removeprefix("argument "))
