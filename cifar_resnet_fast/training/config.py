@@ -177,7 +177,9 @@ class TrainConfig:
         "change each training image before its crop by one operation of TrivialAugment's wide "
         "space, in plain PyTorch on every device",
     )
-    cutout: int = _flag(0, "side of the square taken away from each training picture (0: none)")
+    cutout: int = _flag(
+        0, "side of the square removed from each training image (0: off)", metavar="PIXELS"
+    )
     mixup: float = _flag(
         0.0,
         "blend each training image with another one: parameter of the Beta distribution from "
@@ -622,6 +624,7 @@ GROUPS = {
         "nesterov",
         "weight_decay",
         "decay_weights_only",
+        "norm_bias_lr_factor",
         "schedule",
         "warmup_epochs",
         "milestones",
@@ -638,6 +641,7 @@ GROUPS = {
         "flip",
         "crop_padding",
         "padding_mode",
+        "trivial_augment",
         "cutout",
         "mixup",
         "cutmix",
@@ -713,7 +717,7 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
             if isinstance(shown, tuple):
                 shown = " ".join(map(str, shown))
             options["help"] += f" (default: {shown})"
-        group_of.get(item.name, parser).add_argument(flag_of(item.name), **options)
+        group_of[item.name].add_argument(flag_of(item.name), **options)
     arguments = sys.argv[1:] if arguments is None else arguments
     # argparse removes the -- of --flag=--, which is then without a value
     empty = next(
