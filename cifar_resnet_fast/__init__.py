@@ -2,7 +2,7 @@
 
 ``FastResNet(depth)`` is the network, ``FastResNet.from_pretrained(name)`` a trained one and
 ``models()`` the names; ``load_checkpoint(model, path)`` loads published weights; ``train(config)``
-and ``python -m cifar_resnet_fast.train`` train. Needs neither a GPU nor a compiler to import.
+and ``python -m cifar_resnet_fast.train`` train. The import needs neither a GPU nor a compiler.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import signal
 import sys
 
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # python -m imports this for one of the command lines: until it runs, Ctrl-C ends the process
+    # python -m imports this before a command line runs; until then, Ctrl-C ends the process
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from cifar_resnet_fast.modules import ConvBNReLU
@@ -22,7 +22,7 @@ __all__ = ["ConvBNReLU", "FastResNet", "TrainConfig", "load_checkpoint", "models
 
 
 def __getattr__(name: str):
-    """What training needs is imported when it is asked for."""
+    """The names of the training part are imported on first use."""
     if name == "train":
         return importlib.import_module("cifar_resnet_fast.train")
     if name == "TrainConfig":

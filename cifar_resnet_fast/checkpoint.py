@@ -1,10 +1,10 @@
-"""Checkpoint files: written whole or not at all, read without running anything (layer 1).
+"""Checkpoint files, written atomically and read without executing anything (layer 1).
 
 A checkpoint is a dictionary of tensors and plain values. Writing goes to a temporary file in the
 same folder that is flushed to the disk and then renamed, so a crash, a SIGKILL or a full disk
-leaves the file before it untouched. Reading uses ``weights_only=True``, checks what the file
-claims to hold against its size before memory is taken, and verifies the checksums of its archive,
-which PyTorch's own reader does not look at.
+leaves the earlier file untouched. Reading uses ``weights_only=True``, compares the sizes that the
+file declares with its own size before memory is allocated, and verifies the checksums of its
+archive, which PyTorch's own reader ignores.
 """
 
 import io
@@ -23,10 +23,10 @@ from cifar_resnet_fast.errors import first_line
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``: the old content or the new stands there, never a part.
+    """Replace the content of ``path`` by ``data``, atomically: either the old or the new is there.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; ``path`` is as it was
+        OSError: the disk is full or the folder cannot be written; ``path`` is unchanged
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -40,13 +40,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself is on the disk only after this
+        os.fsync(folder)  # this puts the rename itself on the disk
     finally:
         os.close(folder)
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write ``content`` (tensors and plain values) to ``path``, whole or not at all.
+    """Write ``content`` (tensors and plain values) to ``path``, atomically.
 
     Raises:
         OSError: as ``write_atomically``
@@ -61,12 +61,12 @@ def read_checkpoint(path: str | Path) -> dict:
     """The dictionary in a checkpoint file, its tensors on the CPU. Nothing in it is executed.
 
     Args:
-        path: a file by ``torch.save``, this package's or anybody's, in either of its formats
+        path: a file written by ``torch.save``, in either of its formats
 
     Raises:
         FileNotFoundError: there is no such file
         ValueError: it is not a checkpoint, is damaged, unpacks to more than its own size, or
-            holds something else than tensors and plain values
+            holds anything but tensors and plain values
 
     Warns:
         UserWarning: the file was written without checksums, so damage would not be noticed
@@ -78,7 +78,7 @@ def read_checkpoint(path: str | Path) -> dict:
         _check_beginning(path)
         has_checksums = _verify(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's, on tensors that are checked by their user
+            warnings.simplefilter("ignore")  # PyTorch warns of tensors that are checked later
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         met = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -92,7 +92,7 @@ def read_checkpoint(path: str | Path) -> dict:
             f"checkpoint {path} must hold tensors and plain values only, and be whole; "
             f"it is damaged, or not a checkpoint, or holds other Python objects"
         ) from None
-    except Exception as error:  # a damaged file can make the readers stumble over anything
+    except Exception as error:  # a damaged file can cause any error in the readers
         reason = first_line(error)
         raise ValueError(f"checkpoint {path} cannot be read: {reason}") from None
     if not isinstance(content, dict):
@@ -108,11 +108,11 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def check_holds(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """The file holds its tensors' elements, each as it is and once.
+    """Check that a file holds all elements of its tensors.
 
     Raises:
-        ValueError: a tensor is sparse, nested, quantised or without data, or all together claim
-            more elements than the file has room for
+        ValueError: a tensor is sparse, nested, quantised or without data, or all tensors together
+            have more elements than fit into the file
     """
     claimed, size = 0, Path(path).stat().st_size
     for key, value in tensors.items():
@@ -141,10 +141,10 @@ def check_holds(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
 
 def check_weight(path: str | Path, key: str, value: Tensor, like: Tensor) -> None:
-    """``value``, read from ``path`` as ``key``, can replace ``like``, the model's.
+    """Check that ``value``, read from ``path`` as ``key``, can replace the model's ``like``.
 
     Raises:
-        ValueError: it is of another shape or kind of dtype, not finite, or a variance below 0
+        ValueError: its shape or kind of dtype differs, or it is not finite or a negative variance
     """
     rule: str | None = None
     got: Any = None
@@ -165,19 +165,19 @@ def check_weight(path: str | Path, key: str, value: Tensor, like: Tensor) -> Non
 
 
 def _check_beginning(path: Path) -> None:
-    """What is often found in the place of a checkpoint is told by its first bytes."""
+    """Recognise, by their first bytes, files that often take the place of a checkpoint."""
     with open(path, "rb") as file:
         beginning = file.read(64).lstrip().lower()
     if beginning.startswith(b"version https://git-lfs"):
         raise ValueError("it is a Git LFS pointer; git lfs pull fetches the file itself")
     if beginning.startswith((b"<!doctype html", b"<html")):
-        raise ValueError("it is an HTML page, not the file that was to be downloaded")
+        raise ValueError("it is an HTML page, not the downloaded file")
 
 
 def _verify(path: Path) -> bool:
     """Compare every part of the archive with its checksum; returns whether there are any.
 
-    Files in PyTorch's format from before 1.6 have none, nor have those that were written after
+    Files in the format of PyTorch before 1.6 have none; neither have files written after
     ``torch.serialization.set_crc32_options(False)``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an error says, in one line, and whether it is one of memory (layer 0)."""
+"""The message of an error in one line, and whether memory has run out (layer 0)."""
 
 import torch
 

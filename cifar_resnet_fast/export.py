@@ -1,4 +1,4 @@
-"""``python -m cifar_resnet_fast.export CHECKPOINT --to FORMAT``: a network in one file (layer 5).
+"""Export of a network to one file: ``python -m cifar_resnet_fast.export`` (layer 5).
 
 ============  ==========================================================================
 onnx          the network for evaluation, for ONNX Runtime and others
@@ -6,8 +6,8 @@ torch-export  the same as a torch.export program, for torch.export.load and AOTI
 safetensors   the weights as they are, with a card, for ``FastResNet.from_pretrained``
 ============  ==========================================================================
 
-The first two have each normalisation folded into its convolution, a batch of any size, and with
-``--bytes`` the normalisation of the images inside. A file is compared with the network on the CPU
+The first two fold each normalisation into its convolution and take a batch of any size; with
+``--bytes`` they also normalise the images. Every file is compared with the network on the CPU
 before it is kept.
 """
 
@@ -39,7 +39,7 @@ class Inference(nn.Module):
 
     Args:
         model: any ``FastResNet``, changed or not; it is copied
-        mean, std: three numbers each, of the full scale 1; if given, images are bytes
+        mean, std: three numbers each, for images in 0 .. 1; if given, the images are bytes
 
     ``forward(images)``: [N, 3, H, W] normalised, or [N, H, W, 3] uint8 with mean and std, to
     logits [N, num_classes].
@@ -91,18 +91,18 @@ def export(
     std: list[float] | None = None,
     card: dict[str, Any] | None = None,
 ) -> None:
-    """Write ``model`` to ``path``, after what is written was compared with it.
+    """Write ``model`` to ``path`` after the exported network was compared with it.
 
     Args:
         model: on the CPU, float32
-        path: of the file
+        path: the file
         to: one of ``SUFFIXES``
         mean, std: as ``Inference``
         card: plain values that describe the network
 
     Raises:
         ImportError: a package that the format needs is not installed
-        ArithmeticError: what was written does not compute what the model computes
+        ArithmeticError: the exported network does not compute the same as the model
         OSError: the file cannot be written
     """
     if to == "safetensors":
@@ -121,7 +121,7 @@ def export(
 
 
 def _images(network: Inference, count: int) -> Tensor:
-    """Drawn images as the network takes them."""
+    """Drawn images in the form that the network takes."""
     generator = torch.Generator().manual_seed(count)
     if network.takes_bytes:
         shape = (count, 32, 32, 3)
@@ -139,7 +139,9 @@ def _onnx(
     import onnxruntime
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about versions of operators, of no use to the user
+        warnings.simplefilter(
+            "ignore"
+        )  # warnings about versions of operators, which are of no use to the user
         program = torch.onnx.export(
             network,
             (images,),
@@ -175,7 +177,7 @@ def _torch_export(
 
 @torch.no_grad()
 def _compare(model: FastResNet, network: Inference, run: Callable[[Tensor], Tensor]) -> None:
-    """The error against the model in float64 is at most twice the model's own in float32."""
+    """Check that the error against float64 is at most twice the model's own in float32."""
     exact = copy.deepcopy(model).double().eval()
     model = copy.deepcopy(model).eval()
     exact.implementation = model.implementation = "reference"
@@ -189,13 +191,13 @@ def _compare(model: FastResNet, network: Inference, run: Callable[[Tensor], Tens
         error = (run(given) - wanted).norm()
         if not error <= allowed:
             raise ArithmeticError(
-                f"the exported network must compute what the model computes, its logits of "
+                f"the exported network must compute the same as the model, its logits of "
                 f"{count} images err by {error:.3g}, at most {allowed:.3g} is allowed"
             )
 
 
 def card_of(path: Path, model: FastResNet) -> dict[str, Any]:
-    """The network's card; that of a run's checkpoint has the accuracy out of the run's metrics."""
+    """The network's card; that of a run's checkpoint has the accuracy from the run's metrics."""
     card = {**{name: getattr(model, name) for name in NETWORK}, **model.card}
     if path.name == "checkpoint.pt":
         step = read_checkpoint(path).get("step")
@@ -211,11 +213,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line.
 
     Returns:
-        exit status: 0 done, 1 the file does not compute what the model does, 2 bad input
+        exit status: 0 done, 1 the file does not compute the same as the model, 2 bad input
     """
     parser = argparse.ArgumentParser(
         prog="python -m cifar_resnet_fast.export",
-        description="Write a trained network to one file, checked on the CPU.",
+        description="Export a trained network to one file, which is checked on the CPU.",
     )
     parser.add_argument("checkpoint", help="a file, a run's folder or a name")
     parser.add_argument("--to", required=True, choices=list(SUFFIXES), help="format of the file")

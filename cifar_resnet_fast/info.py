@@ -1,8 +1,8 @@
-"""What is here and what can run: ``python -m cifar_resnet_fast.info`` (layer 4).
+"""The installation and what it can run: ``python -m cifar_resnet_fast.info`` (layer 4).
 
-Versions, devices, the compiled libraries, for every operation and device which implementation
-``auto`` takes and why another one cannot run, and what the self-check found on each GPU.
-Needs neither a GPU, Triton nor the extension.
+Lists versions, devices and the compiled libraries; for every operation and device, the
+implementation that ``auto`` takes and why another one cannot run; and the results of the
+self-check on each GPU. Needs neither a GPU, Triton nor the extension.
 """
 
 import importlib.metadata
@@ -33,7 +33,7 @@ def version_lines() -> list[str]:
 
 
 def extension_lines() -> list[str]:
-    """The compiled libraries: with what they were built, and whether they are loaded."""
+    """The compiled libraries: how they were built, and whether they are loaded."""
     line = "compiled libraries"
     if ops.BUILD_INFO.get("built"):
         line += f", built with torch {ops.BUILD_INFO['torch']}"
@@ -49,7 +49,7 @@ def extension_lines() -> list[str]:
 
 
 def device_lines() -> list[str]:
-    """Every device, and under it every operation with its implementations."""
+    """Every device, followed by every operation with its implementations."""
     lines = []
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     if not devices:
@@ -75,10 +75,10 @@ def device_lines() -> list[str]:
 
 
 def verdict_lines(device: torch.device) -> list[str]:
-    """What the self-check found on a GPU with these versions and this build."""
+    """The results of the self-check on a GPU with these versions and this build."""
     verdicts = Verdicts(device)
     if verdicts.why_not_kept is not None:
-        return [f"  self-check: nothing is kept: {verdicts.why_not_kept}"]
+        return [f"  self-check: no results are kept: {verdicts.why_not_kept}"]
     found = verdicts.items()
     if not found:
         return ["  self-check: not run on this card and build yet: cifar_resnet_fast.selfcheck"]
@@ -92,5 +92,5 @@ def verdict_lines(device: torch.device) -> list[str]:
 if __name__ == "__main__":
     try:
         print("\n".join([*version_lines(), *extension_lines(), *device_lines()]), flush=True)
-    except BrokenPipeError:  # such as by head, which has read enough
+    except BrokenPipeError:  # by a program such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

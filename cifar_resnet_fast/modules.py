@@ -1,4 +1,4 @@
-"""The building blocks: parameters, buffers, and one call to ``ops`` each (layer 2)."""
+"""The building blocks: parameters, buffers, and one call to ``ops`` in each (layer 2)."""
 
 import contextlib
 from typing import Any
@@ -37,8 +37,8 @@ def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> ops.Unit:
 
 
 def held(module: nn.Module, name: str) -> Any:
-    """``getattr(module, name)`` of a parameter or a buffer, which for modules takes three times
-    as long as to look where it usually is."""
+    """``getattr(module, name)`` of a parameter or a buffer, by a direct look-up: that of modules
+    takes three times as long."""
     tensor: Tensor | None = module._parameters.get(name)
     if tensor is None:
         tensor = module._buffers.get(name)
@@ -49,7 +49,7 @@ def held(module: nn.Module, name: str) -> Any:
 
 
 def why_all_called(x: Tensor) -> str | None:
-    """Why every module is to be called as it is, nothing fused; None if there is no reason."""
+    """Why every module has to be called itself, without fusion; None if there is no reason."""
     if isinstance(x, torch.fx.Proxy):
         return "torch.fx traces the model"
     if torch.compiler.is_exporting():
@@ -66,7 +66,7 @@ def why_all_called(x: Tensor) -> str | None:
 
 
 def why_called(module: nn.Module, *kinds: type) -> str | None:
-    """Why ``module`` is to be called; None if it does what its type, one of ``kinds``, does."""
+    """Why ``module`` has to be called; None if it behaves as its type, one of ``kinds``, does."""
     if type(module) not in kinds:
         return f"is a {type(module).__name__}"
     if (
@@ -82,7 +82,7 @@ def why_called(module: nn.Module, *kinds: type) -> str | None:
 
 
 def why_conv_called(conv: nn.Module) -> str | None:
-    """Why ``conv`` is to be called; None if it is a convolution that ``ops`` may compute."""
+    """Why ``conv`` has to be called; None if it is a convolution that ``ops`` may compute."""
     reason = why_called(conv, nn.Conv2d)
     if reason is not None:
         return reason
@@ -107,7 +107,7 @@ _ELSEWHERE = object()
 
 
 def why_bn_called(bn: nn.Module) -> str | None:
-    """Why ``bn`` is to be called; None if it is a normalisation that ``ops`` may compute."""
+    """Why ``bn`` has to be called; None if it is a normalisation that ``ops`` may compute."""
     reason = why_called(bn, nn.BatchNorm2d, nn.SyncBatchNorm)
     if reason is not None:
         return reason
@@ -131,13 +131,13 @@ def apply_unit(
     relu: bool = True,
     implementation: str,
 ) -> Tensor:
-    """``relu(bn(conv(x)) + shortcut)``, by ``ops.conv_bn_relu`` if that computes just this.
+    """``relu(bn(conv(x)) + shortcut)``, by ``ops.conv_bn_relu`` if that computes exactly this.
 
     If one of the two modules is of another type, has hooks, or has settings that the operation
-    has not, both are called as the modules that they are.
+    does not support, both modules are called themselves.
 
-    If ``bn`` is a torch.nn.SyncBatchNorm, as its ``convert_sync_batchnorm`` makes them, it
-    trains with the statistics of all processes, in plain PyTorch whatever ``implementation`` is.
+    A torch.nn.SyncBatchNorm, as made by its ``convert_sync_batchnorm``, trains with the statistics
+    of all processes, in plain PyTorch for every ``implementation``.
     """
     if why_all_called(x) or why_conv_called(conv) or why_bn_called(bn):
         with _weights_cast(x, conv):
@@ -162,7 +162,7 @@ def apply_unit(
 
 
 def _weights_cast(x: Tensor, module: nn.Module) -> contextlib.AbstractContextManager:
-    """Around calls of modules: float32 weights are taken in x's 16 bits, as ``ops`` takes them."""
+    """Context for calls of modules: float32 weights are cast to x's 16 bits, as in ``ops``."""
     if isinstance(x, torch.fx.Proxy) or x.element_size() != 2:
         return contextlib.nullcontext()
     kind = x.device.type
@@ -214,16 +214,16 @@ class ConvBNReLU(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2015, figure 2).
 
-    The modules have the customary names; ``ops`` computes what they stand for, unless one of them
-    has to be called (see ``apply_unit``).
+    The modules have the customary names. ``ops`` computes their results, unless one of them has to
+    be called itself (see ``apply_unit``).
 
     Args:
         in_channels, out_channels: C and K
         stride: 1 or 2, of the first convolution and of the shortcut
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
-        shortcut: of a block that changes the shape of its input. ``A`` has no parameters: every
-            ``stride``-th pixel, new channels zero. ``B`` is a 1x1 convolution and a normalisation,
-            ``self.shortcut``
+        shortcut: the shortcut of a block that changes the shape of its input. ``A`` has no
+            parameters: every ``stride``-th pixel, new channels zero. ``B`` is a 1x1 convolution
+            and a normalisation, ``self.shortcut``
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class BasicBlock(nn.Module):
         if self.stride == 1 and self.in_channels == self.out_channels:
             return x
         if why_all_called(x):
-            # as reference.shortcut_a, of numbers that do not depend on x
+            # reference.shortcut_a with numbers that do not depend on x
             new = (self.out_channels - self.in_channels) // 2
             return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, new, new))
         return ops.shortcut_a(

@@ -1,8 +1,8 @@
-"""Weights in files: of this package, of its checkpoints, and as other people have them (layer 1).
+"""Weights in files: of this package, of its checkpoints, and published by others (layer 1).
 
-A network's own form is a folder with ``model.safetensors`` and ``config.json``, the card: depth,
+The package's format is a folder with ``model.safetensors`` and ``config.json``, the card: depth,
 num_classes, shortcut, width, mean, std, class_names, dataset, accuracy and how it was trained.
-The package's networks lie in ``weights/`` as NAME.safetensors and NAME.json.
+The networks of the package are in ``weights/`` as NAME.safetensors and NAME.json.
 """
 
 import itertools
@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent / "weights"
 WEIGHTS, CARD = "model.safetensors", "config.json"
 NETWORK = ("depth", "num_classes", "shortcut", "width")  # the arguments of FastResNet
 
-# what people put weights under, and in front of their names
+# keys under which published files hold the weights, and prefixes of their names
 _WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -37,7 +37,7 @@ _WRAPPERS = (
     "params",
 )
 _PREFIXES = re.compile(r"^(module|_orig_mod|model|net|encoder|backbone)\.")
-_FAMILIES = (  # a key of another family, and its name
+_FAMILIES = (  # a key that only another family has, and the name of that family
     (r"layer4\.", "a ResNet of four stages, such as ResNet-18 or ResNet-50"),
     (r"layer\d\.\d+\.conv3\.", "a ResNet of bottleneck blocks"),
     (r"block1\.layer\.0\.", "a WideResNet"),
@@ -49,11 +49,11 @@ _FAMILIES = (  # a key of another family, and its name
 
 
 class Weights(NamedTuple):
-    """What a file holds, and the network that it is of.
+    """The content of a file, and the network that it belongs to.
 
-    state: with the keys of ``FastResNet``
+    state: tensors under the keys of ``FastResNet``
     depth, num_classes, shortcut, width: as ``FastResNet`` takes them
-    card: what else is known, as plain values; empty if nothing is
+    card: further facts, as plain values; empty if there are none
     """
 
     state: dict[str, Tensor]
@@ -70,18 +70,18 @@ class Weights(NamedTuple):
 
 
 def models() -> list[str]:
-    """The names of the networks that lie in the package, for ``FastResNet.from_pretrained``."""
+    """The names of the networks in the package, for ``FastResNet.from_pretrained``."""
     return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 
 
 def find_weights(name: str | Path) -> Path:
-    """The file or folder that a name stands for, downloaded if it is one of a hub.
+    """The file or folder of a name, downloaded if it is on a hub.
 
     Args:
         name: one of ``models()``, a file, a folder, or OWNER/NAME on the Hugging Face hub
 
     Raises:
-        FileNotFoundError: there is nothing of that name
+        FileNotFoundError: nothing has that name
         OSError: it cannot be downloaded
     """
     if str(name) in models():
@@ -103,24 +103,24 @@ def _downloaded(repository: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise FileNotFoundError(
-            f"weights {repository} are no file or folder here, and the package huggingface_hub, "
-            f"which could download them, is not installed"
+            f"weights {repository} are neither a file nor a folder, and package huggingface_hub, "
+            f"which can download them, is not installed"
         ) from None
     try:
         files = [hf_hub_download(repository, file) for file in (CARD, WEIGHTS)]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise OSError(
-            f"weights {repository} are no file or folder here and cannot be downloaded: "
+            f"weights {repository} are neither a file nor a folder and cannot be downloaded: "
             f"{first_line(error)}"
         ) from None
     return Path(files[-1]).parent
 
 
 def read_weights(path: str | Path) -> Weights:
-    """The weights in a file, and the network they are of.
+    """The weights in a file, and the network they belong to.
 
     Args:
-        path: as for ``read_state``; or a folder as ``write_weights`` leaves it, or of a run
+        path: as for ``read_state``; or a folder written by ``write_weights``, or a run's folder
 
     Raises:
         FileNotFoundError, ValueError: as ``read_state``; or the file holds no ResNet of this
@@ -151,11 +151,11 @@ def read_weights(path: str | Path) -> Weights:
             )
     if len(set(blocks)) != 1:
         raise ValueError(
-            f"checkpoint {path} must hold as many blocks in each of three stages, got "
+            f"checkpoint {path} must hold the same number of blocks in each of three stages, got "
             f"{', '.join(map(str, blocks))}"
         )
     width = max(len(state["conv1.weight"]) // 16, 1)
-    # before a network is built for a file that only claims to hold one
+    # before the memory of a network is allocated for a file that only claims to hold one
     for stage, block in itertools.product(range(3), range(blocks[0])):
         for conv in ("conv1", "conv2"):
             key, channels = f"layer{stage + 1}.{block}.{conv}.weight", 16 * width * 2**stage
@@ -179,7 +179,7 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors in a file under the customary names, and its card.
 
     Args:
-        path: a file by ``torch.save`` or by safetensors. The weights may lie under ``state_dict``,
+        path: a file by ``torch.save`` or by safetensors. The weights may be under ``state_dict``,
             ``model_state_dict``, ``model``, ``net``, ..., their names may have any of the prefixes
             ``module.``, ``_orig_mod.``, ``model.``, ``net.``, ``encoder.`` and ``backbone.``; the
             last layer may be called ``fc``, an option-B shortcut ``downsample``
@@ -223,7 +223,7 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def customary_name(key: str) -> str:
-    """The key of ``FastResNet`` that somebody's key stands for."""
+    """The key of ``FastResNet`` that corresponds to a published key."""
     while _PREFIXES.match(key):
         key = _PREFIXES.sub("", key)
     key = re.sub(r"^fc\.", "linear.", key)
@@ -231,7 +231,7 @@ def customary_name(key: str) -> str:
 
 
 def write_weights(path: Path, state: dict[str, Tensor], card: dict[str, Any]) -> None:
-    """Write a safetensors file and its card beside it, each whole or not at all.
+    """Write a safetensors file and its card beside it, each atomically.
 
     Args:
         path: NAME.safetensors; the card is NAME.json, or config.json beside model.safetensors
@@ -249,7 +249,7 @@ def write_weights(path: Path, state: dict[str, Tensor], card: dict[str, Any]) ->
 
 
 def _file_in(path: Path) -> Path:
-    """The file with the weights, of a folder."""
+    """The file with the weights in a folder."""
     if not path.is_dir():
         return path
     names = (WEIGHTS, "checkpoint.pt")
@@ -291,7 +291,7 @@ def _read_card(path: Path) -> dict[str, Any]:
 
 
 def _card_of_checkpoint(content: dict) -> dict[str, Any]:
-    """What a checkpoint of this package says beside the weights; empty for other people's."""
+    """The card in a checkpoint of this package; empty for other checkpoints."""
     card = {name: content[name] for name in ("mean", "std") if name in content}
     config, data = content.get("config"), content.get("data")
     if isinstance(config, dict):
@@ -302,12 +302,12 @@ def _card_of_checkpoint(content: dict) -> dict[str, Any]:
 
 
 def check_fits(path: str | Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """``state`` can replace ``expected``: the same keys, and ``check_weight`` takes each tensor.
+    """Check that ``state`` can replace ``expected``: the same keys, with tensors that fit.
 
     Raises:
         ValueError: names the key that does not fit
     """
-    # files from before PyTorch 0.4.1 do not count the batches
+    # files written before PyTorch 0.4.1 do not count the batches
     counters = {key for key in expected if key.endswith("num_batches_tracked")}
     missing = expected.keys() - state.keys() - counters
     unknown = state.keys() - expected.keys()

@@ -1,8 +1,8 @@
 """Every operation of the package in plain PyTorch: the specification (layer 0).
 
-Each function has the name and the arguments of its twin in ``ops``; the fused kernels are held
-against these, and these are what runs where no kernel can. Any device, any floating dtype, any
-memory layout; gradients come from PyTorch's own autograd.
+Each function has the name and the arguments of its twin in ``ops``. The fused kernels are tested
+against these functions, which also run if no kernel can. They take any device, floating dtype and
+memory layout; their gradients come from PyTorch's own autograd.
 
 =======  =======================================================================
 N H W C  batch, height, width, channels of the input
@@ -79,7 +79,7 @@ def shortcut_a(x: Tensor, out_channels: int, stride: int = 2) -> Tensor:
 
 
 class Unit(NamedTuple):
-    """A 3x3 convolution and the batch normalisation behind it; arguments as ``conv_bn_relu``'s."""
+    """A 3x3 convolution and its batch normalisation; arguments as in ``conv_bn_relu``."""
 
     weight: Tensor
     bn_weight: Tensor
@@ -95,12 +95,12 @@ def trunk(pictures: Tensor, units: Sequence[Unit], *, training: bool) -> Tensor:
 
     Args:
         pictures: [N, 3, H, W]
-        units: the first convolution, then two a block, the first of which has stride 2 where it
-            has more output channels than input channels
+        units: the first convolution, then two for each block. The first one of a block has stride
+            2 if it has more output channels than input channels
         training: True normalises with the batch's statistics, False with the running ones
 
     Returns:
-        [N, K], K the last unit's channels; float32, or float64 where pictures is
+        [N, K], with K the last unit's channels; float32, or float64 if pictures is
 
     Source: He et al. 2015, section 4.2.
     """
@@ -149,7 +149,7 @@ def linear_cross_entropy(
 
     Returns:
         loss: [], of features' dtype
-        hits: [], of features' dtype. rows whose label has the largest logit
+        hits: [], of features' dtype. number of rows whose label has the largest logit
 
     Source: Szegedy et al. 2016, section 7 (label smoothing); Zhang et al. 2018 (mixup).
     """
@@ -175,11 +175,11 @@ def augment(
     padding: int,
     padding_mode: str = "zeros",
 ) -> Tensor:
-    """Random crop of a padded image, then horizontal flip, with the draws given.
+    """Random crop of a padded image, then horizontal flip, with given draws.
 
     Output pixel (h, w) is input pixel (h + dy - padding, w' + dx - padding), with w' = w, or
-    W - 1 - w if the image is flipped. Outside the image it is 0, or with ``reflect`` the pixel as
-    far inside of the border pixel as it is outside.
+    W - 1 - w if the image is flipped. Outside the image it is 0, or with ``reflect`` the image
+    mirrored at its border pixel.
 
     Args:
         images: [N, H, W, C] uint8
@@ -195,7 +195,7 @@ def augment(
     """
     N, H, W, _ = images.shape
     if padding_mode == "reflect":
-        # not of bytes
+        # PyTorch does not reflect bytes
         planes = images.permute(0, 3, 1, 2).float()
         padded = F.pad(planes, (padding,) * 4, mode="reflect").permute(0, 2, 3, 1).byte()
     else:
@@ -213,8 +213,8 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> 
 
     Args:
         images: [N, H, W, C] uint8
-        mean, std: [C] float32, in units of the full scale 1.0
-        dtype: of the result
+        mean, std: [C] float32, for images in 0 .. 1
+        dtype: the dtype of the result
 
     Returns:
         [N, C, H, W], channels-last
@@ -238,30 +238,30 @@ def load_batch(
 ) -> tuple[Tensor, ...]:
     """The batch of a step: gathered, cropped, flipped, normalised, with a square cut out.
 
-    With ``mix`` each image is then mixed with a partner, which was made in the same way: outside a
-    box it is ``weight * image + (1 - weight) * partner``, computed in float32, inside it is the
-    partner.
+    With ``mix``, each image is then mixed with a partner that was made in the same way: outside a
+    box the result is ``weight * image + (1 - weight) * partner``, computed in float32, and inside
+    the box it is the partner.
 
-    Picture n of the batch has row ``step % (R / batch_size) * batch_size + n`` of the draws.
+    Image n of the batch has row ``step % (R / batch_size) * batch_size + n`` of the draws.
 
     Args:
         images: [N, H, W, 3] uint8
         labels: [N] int64
-        values: [256, 3], the dtype of the result. what each byte becomes, see ``normalize``
-        draws: [6, R] int32, R a multiple of batch_size. index of the picture, or -1 for a black
+        values: [256, 3], the dtype of the result. the activation of each byte, see ``normalize``
+        draws: [6, R] int32, R a multiple of batch_size. index of the image, or -1 for a black
             one with label -1; dy, dx, flip as ``augment`` has them; cy, cx, centre of the square
-        step: [] int64. which batch; on the device, so that nothing waits for it
+        step: [] int64. number of the batch; on the device, so that the host never waits for it
         batch_size: B
         padding, padding_mode: around the image before the crop, as ``augment`` has them
-        cutout: side of a square, cut at the picture's border, that is zero in the result; or 0
+        cutout: side of a square, cut off at the image's border, that is zero in the result; or 0
         mix: [6, R / batch_size] float32 or None. of each step: weight; top, bottom, left and right
             of the box, the second and the fourth exclusive; share of the first labels in the
-            loss. the draws then are [12, R], the second six those of the partners
+            loss. the draws are then [12, R], with those of the partners in the last six rows
 
     Returns:
         images: [B, 3, H, W], channels-last
         labels: [B] int64
-        labels_b: [B] int64, with ``mix`` only. of the partners
+        labels_b: [B] int64, with ``mix`` only. labels of the partners
         ratio: [] float32, with ``mix`` only. share of the first labels
 
     Source: He et al. 2015, section 4.2; DeVries and Taylor 2017 (cutout); Zhang et al. 2018
@@ -317,15 +317,15 @@ def record_step(
     lr: Tensor,
     schedule: Tensor,
 ) -> None:
-    """What a step leaves behind besides the weights: its metrics, and the next step's numbers.
+    """Record the metrics of a step, and set the number and the learning rate of the next one.
 
     Args:
         metrics: [3, E] float32. column ``step % E`` becomes loss, hits, skipped
         loss, hits: [] float32
         skipped: [] int32
-        step: [] int64. one more afterwards
-        lr: [] float32. becomes the schedule's value for the step that ``step`` then says; after
-            the last step it stays the last value
+        step: [] int64. incremented
+        lr: [] float32. becomes the schedule's value for the new ``step``; after the last step it
+            keeps the last value
         schedule: [S] float32
     """
     here = step.reshape(1)
@@ -351,20 +351,20 @@ def sgd(
     scaled: int = 0,
     lr_factor: float = 1.0,
 ) -> None:
-    """One step of SGD in place, or none where a gradient is infinite or NaN.
+    """One step of SGD in place, or none if a gradient is infinite or NaN.
 
     With g the gradient, divided by the loss scale, plus weight_decay * parameter for the first
     ``decayed`` elements:
     ``momenta = momentum * momenta + g``; ``parameters -= lr * momenta``, or with ``nesterov``
     ``parameters -= lr * (g + momentum * momenta)``. The last ``scaled`` elements have
-    ``lr * lr_factor`` in the place of lr and ``weight_decay / lr_factor`` in that of weight_decay,
-    so that the decay alone shrinks them as fast as without the factor. The operations are those of
-    torch.optim.SGD one by one, so on a CPU the results have the same bits.
+    ``lr * lr_factor`` instead of lr and ``weight_decay / lr_factor`` instead of weight_decay, so
+    that the decay alone shrinks them as fast as without the factor. The operations are those of
+    torch.optim.SGD one by one, so on a CPU the results are bitwise the same.
 
     Args:
         parameters, gradients, momenta: [P] float32
         lr, loss_scale: [] float32
-        skipped: [] int32. one more where the step is left out
+        skipped: [] int32. incremented if the step is left out
         copy: [P] float16 or bfloat16, or None. the new parameters, rounded
         decayed: 0 .. P
         momentum, weight_decay, nesterov: as torch.optim.SGD has them
@@ -385,7 +385,7 @@ def sgd(
     average = (momenta * momentum).add_(direction)
     direction = direction.add_(average, alpha=momentum) if nesterov else average
     rates = torch.cat((lr.expand(plain), (lr * lr_factor).expand(scaled)))
-    # float64 for one rounding in all, as with the fused multiply-add of torch.optim.SGD
+    # float64 gives one rounding in all, like the fused multiply-add of torch.optim.SGD
     moved = (parameters.double() - rates.double() * direction.double()).float()
     parameters.copy_(torch.where(finite, moved, parameters))
     momenta.copy_(torch.where(finite, average, momenta))
@@ -404,13 +404,13 @@ def muon(
     nesterov: bool,
     iterations: int = 3,
 ) -> None:
-    """One step of Muon in place, for the weight of a convolution behind which there is a norm.
+    """One step of Muon in place, for the weight of a convolution that a normalisation follows.
 
     Args:
         parameter, gradient, momenta: [K, C, 3, 3], K <= 9 C, of one floating dtype
-        lr: of Muon
+        lr: learning rate of Muon
         momentum, nesterov: as torch.optim.SGD has them
-        iterations: of Newton-Schulz
+        iterations: number of Newton-Schulz iterations
 
     Source: Jordan et al. 2024, as in cifar10-airbench's airbench94_muon.py.
     """

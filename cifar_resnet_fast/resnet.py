@@ -1,4 +1,4 @@
-"""The CIFAR ResNet-6n+2 family and how to load its published checkpoints (layer 2).
+"""The CIFAR ResNet-6n+2 family and the loading of its published checkpoints (layer 2).
 
 Source: He et al. 2015, "Deep Residual Learning for Image Recognition", section 4.2.
 """
@@ -47,21 +47,21 @@ class FastResNet(nn.Module):
     ``linear``. Convolutions start from Kaiming's normal distribution, normalisations from 1 and 0.
 
     Args:
-        depth: 6n + 2, at least 8; the paper's are 20, 32, 44, 56, 110 and 1202
+        depth: 6n + 2, at least 8; the paper has 20, 32, 44, 56, 110 and 1202
         num_classes: at least 2
-        implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``; may be set later, too
+        implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``; can also be set later
         zero_init_last: the last normalisation of each block starts with scale 0, so that the
             block starts as its shortcut (Goyal et al. 2017, section 5.1)
-        shortcut: of the two blocks that change the shape of their input. ``A`` has no parameters;
-            ``B`` is a 1x1 convolution and a normalisation, with keys ``layer2.0.shortcut.0`` and
-            ``layer2.0.shortcut.1``
-        width: all three numbers of channels are multiplied by it; ``cuda`` runs width 1 only
+        shortcut: the shortcut of the two blocks that change the shape of their input. ``A`` has no
+            parameters; ``B`` is a 1x1 convolution and a normalisation, with keys
+            ``layer2.0.shortcut.0`` and ``layer2.0.shortcut.1``
+        width: factor on the three numbers of channels; ``cuda`` runs width 1 only
 
     ``forward(x)``: x [N, 3, H, W], any memory format, to logits [N, num_classes]. All but the last
-    layer is one operation, ``ops.trunk``, as long as that computes what the modules inside stand
-    for. If one of them is of another type or has other settings, has hooks or is traced, or if a
-    gradient of x or gradients in evaluation are wanted, the layers run one by one, and those that
-    no fused operation stands for are called as the modules that they are.
+    layer is one operation, ``ops.trunk``, if that computes the same as the modules inside. If one
+    of them is of another type or has other settings, has hooks or is traced, or if a gradient of x
+    or gradients in evaluation are needed, the network falls back to layer-by-layer execution, in
+    which modules without a fused operation are called themselves.
 
     Raises:
         ValueError: an argument breaks its rule
@@ -91,7 +91,7 @@ class FastResNet(nn.Module):
         self.num_classes = num_classes
         self.shortcut = shortcut
         self.width = width
-        self.card: dict[str, Any] = {}  # what is known about trained weights
+        self.card: dict[str, Any] = {}  # facts about trained weights
 
         blocks = (depth - 2) // 6
         channels = [width * count for count in STAGE_CHANNELS]
@@ -116,7 +116,7 @@ class FastResNet(nn.Module):
 
     @property
     def implementation(self) -> str:
-        """``auto`` or one of ``ops.IMPLEMENTATIONS``, of all layers."""
+        """The implementation of all layers: ``auto`` or one of ``ops.IMPLEMENTATIONS``."""
         return self._implementation
 
     @implementation.setter
@@ -142,7 +142,7 @@ class FastResNet(nn.Module):
         return last(pooled.to(next(dtypes, pooled.dtype)))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[N, 64 * width]: the average over the pixels, which the last layer takes; in float32,
+        """[N, 64 * width]: the average over the pixels, the input of the last layer; in float32,
         or in float64 if x is."""
         pairs, reason = self._units(x)
         if reason is None:
@@ -153,7 +153,7 @@ class FastResNet(nn.Module):
             return ops.trunk(x, units, training=training, implementation=self.implementation)
         if self.implementation == "cuda":
             raise RuntimeError(
-                "implementation 'cuda' runs all layers as one operation, which cannot be where "
+                "implementation 'cuda' runs all layers as one operation, which is impossible if "
                 f"{reason}"
             )
         a = apply_unit(x, self.conv1, self.bn1, implementation=self.implementation)
@@ -164,13 +164,13 @@ class FastResNet(nn.Module):
 
     def why_not_fused(self) -> str | None:
         """Why the layers before the last one run one by one, such as ``layer2.0 has a shortcut
-        with parameters``; None if they are one operation for images that want no gradient."""
+        with parameters``; None if they are one operation for images without a gradient."""
         example = torch.empty((1, self.conv1.in_channels, 32, 32), device=self.conv1.weight.device)
         return self._units(example)[1]
 
     def _units(self, x: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], str | None]:
         """Convolution and normalisation of every unit, and why they cannot run as one operation,
-        or None; only if they can is the list whole, and its modules are of these types."""
+        or None. Only if they can is the list complete, with modules of these types."""
         reason = why_all_called(x)
         if reason is not None:
             return [], reason
@@ -178,7 +178,9 @@ class FastResNet(nn.Module):
         units = [(self.conv1, self.bn1)]
         for number in (1, 2, 3):
             name = f"layer{number}"
-            stage: Any = self._modules[name]  # the checks say what it and the blocks inside are
+            stage: Any = self._modules[
+                name
+            ]  # the checks establish the types of it and of the blocks inside
             reason = why_called(stage, nn.Sequential)
             if reason is not None:
                 return units, f"{name} {reason}"
@@ -221,11 +223,11 @@ class FastResNet(nn.Module):
                 or held(bn, "bias").requires_grad
                 for conv, bn in units
             ):
-                return units, "gradients are wanted in evaluation"
+                return units, "gradients are needed in evaluation"
         return units, None
 
     def _check_images(self, x: Tensor) -> None:
-        """What x must be for any implementation, in words of the images."""
+        """Check x for any implementation, with errors in terms of images."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor of images, got {type(x).__name__}")
         if not x.dtype.is_floating_point:
@@ -247,10 +249,10 @@ class FastResNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, implementation: str = "auto") -> "FastResNet":
-        """A trained network, in evaluation; what is known about it is in its ``card``.
+        """A trained network, in evaluation mode, with the facts about it in its ``card``.
 
         Args:
-            name: one of ``models()``, OWNER/NAME on the Hugging Face hub, a folder by
+            name: one of ``models()``, OWNER/NAME on the Hugging Face hub, a folder written by
                 ``save_pretrained``, a run's folder, or a file that ``load_checkpoint`` takes
             implementation: as ``FastResNet`` takes it
 
@@ -271,8 +273,8 @@ class FastResNet(nn.Module):
         """Write ``model.safetensors`` and ``config.json`` for ``from_pretrained``.
 
         Args:
-            folder: made if it is not there
-            card: plain values to say about the network beside what ``self.card`` says: mean, std,
+            folder: created if it does not exist
+            card: plain values about the network, in addition to ``self.card``: mean, std,
                 class_names, dataset, accuracy, training
 
         Raises:
@@ -284,15 +286,15 @@ class FastResNet(nn.Module):
         write_weights(folder / WEIGHTS, self.state_dict(), {**network, **self.card, **card})
 
     def push_to_hub(self, repository: str, *, private: bool = False, **card: Any) -> str:
-        """Upload what ``save_pretrained`` writes to the Hugging Face hub, under one's own token.
+        """Upload the files of ``save_pretrained`` to the Hugging Face hub, with the user's token.
 
         Args:
-            repository: OWNER/NAME; made if it is not there
-            private: of a new repository
+            repository: OWNER/NAME; created if it does not exist
+            private: whether a new repository is private
             card: as ``save_pretrained``
 
         Returns:
-            where the commit is to be seen
+            the address of the commit
 
         Raises:
             ImportError: the package huggingface_hub is not installed
@@ -312,7 +314,7 @@ class FastResNet(nn.Module):
 
 
 def check_depth(depth: int) -> None:
-    """``depth`` is 6n + 2 for an n of at least 1; ValueError where not."""
+    """Raise ValueError unless ``depth`` is 6n + 2 for an n of at least 1."""
     if depth < 8 or depth % 6 != 2:
         raise ValueError(
             f"depth must be 6n + 2 and at least 8 (8, 14, 20, 32, 44, 56, 110, 1202, ...), "
@@ -321,7 +323,7 @@ def check_depth(depth: int) -> None:
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load the weights in a file into ``model``, all of them or none.
+    """Load the weights in a file into ``model``, either all of them or none.
 
     Args:
         model: a ``FastResNet``, changed or not; torch.compile, DataParallel or
@@ -331,9 +333,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     Raises:
         FileNotFoundError, ValueError: as ``pretrained.read_weights``; or depth, number of classes,
             shortcut, width, a key, a shape or the kind of a dtype differ from the model's. The
-            model is then as it was.
+            model is then unchanged.
     """
-    network: Any = model  # in the end without what wraps it
+    network: Any = model  # without its wrappers in the end
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(network, wrappers) or hasattr(network, "_orig_mod"):
         network = getattr(network, "_orig_mod", None) or network.module
@@ -342,7 +344,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     try:
         check_fits(path, state, expected)
     except ValueError:
-        # if it is of another network, that is the reason, not one of its keys
+        # name a difference of the whole network rather than one of its keys
         for name, theirs in read_weights(path).network.items():
             if getattr(network, name) != theirs:
                 raise ValueError(

@@ -6,9 +6,9 @@ The module can be called: ``from cifar_resnet_fast import TrainConfig, train`` a
 torchrun starts several processes, one for each GPU: ``torchrun --nproc-per-node=4 -m
 cifar_resnet_fast.train``. They train one network together, and the first one writes the files.
 
-With ``--runs N`` each seed has a folder of its own, seed-0, seed-1, ..., and with ``--sweep`` each
-combination of settings has N; summary.json has the means and the standard deviations. ``--at-once
-M`` trains M of them at the same time.
+With ``--runs N`` each seed has its own folder, seed-0, seed-1, ..., and with ``--sweep`` each
+combination of settings has N of them; summary.json holds means and standard deviations.
+``--at-once M`` trains M of them at the same time.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ from cifar_resnet_fast.training.run import (
 )
 from cifar_resnet_fast.training.summary import summarize
 
-# what a command line may change with --resume: where things are and how they are shown
+# settings that a command line may change with --resume: places, devices and displays
 _FREE_ON_RESUME = {
     "resume",
     "data_root",
@@ -86,10 +86,10 @@ _FREE_ON_RESUME = {
     "at_once",
 }
 
-# what a list of configs may differ in
+# settings in which the configs of a list may differ
 MAY_DIFFER = {*SWEPT, "seed", "milestones", "recipe", "out", "resume", "tensorboard"}
 
-# what goes with --eval: the data, where and how it runs, and what it writes
+# settings that --eval uses: the data, the device and the numerics, and the files that it writes
 _WITH_EVAL = {
     "eval",
     "dataset",
@@ -111,20 +111,20 @@ _WITH_EVAL = {
     "no_selfcheck",
 }
 
-_SPEAKS_AFTER_SECONDS = 20.0  # torchrun ends the other processes long before
-_FP16_LOSS_SCALE = 1024.0  # a mean over 1024 pictures then has the gradients of their sum
+_SPEAKS_AFTER_SECONDS = 20.0  # torchrun ends the other processes long before that
+_FP16_LOSS_SCALE = 1024.0  # a mean over 1024 images then has the gradients of their sum
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a training gives.
+    """The result of a training.
 
-    model: in evaluation, with its card; the averaged one if the run averages weights
+    model: the network in evaluation mode, with its card; the averaged one if the run averages
     metrics: the rows of metrics.jsonl, one for each epoch
-    accuracy: of the last epoch that was evaluated, 0 .. 1; None if none was
-    folder: of the run
-    failure: of one of several runs, whose loss or weights were not finite: why it has stopped;
-        None if it has not
+    accuracy: accuracy after the last epoch that was evaluated, 0 .. 1; None if none was
+    folder: the run's folder
+    failure: why one of several runs has stopped, if its loss or its weights were not finite;
+        otherwise None
     """
 
     model: FastResNet
@@ -141,23 +141,23 @@ def train(
     on_epoch: Callable[[dict], object] | None = None,
     at_once: int | str | None = None,
 ) -> Result | list[Result]:
-    """Train as ``python -m cifar_resnet_fast.train`` does, and give the network back.
+    """Train as ``python -m cifar_resnet_fast.train`` does, and return the network.
 
-    With several runs, those of a config with ``runs`` or ``sweep`` or those of a list of configs,
-    a list of results comes back, and a run whose loss is not finite stops alone.
+    Several runs, either of a config with ``runs`` or ``sweep`` or of a list of configs, return a
+    list of results; a run whose loss is not finite stops alone.
 
     Seeds PyTorch's generators with ``config.seed``. In the main thread Ctrl-C and SIGTERM stop the
     run between two steps.
 
     Args:
-        config: With ``resume`` only what the command line may change then. The configs of a list
-            are of one run each, with a folder of its own as ``out`` or ``resume``, and differ in
-            no more than ``MAY_DIFFER``
-        dataset: to train on, in the place of what ``config.dataset`` names
-        on_epoch: called with each epoch's row of metrics.jsonl; if it returns something true, the
-            run ends after this epoch. What it raises comes out of ``train``. Not with several runs
-        at_once: of several runs, how many train at the same time: a number, or ``auto`` for as
-            many as fit into the GPU's memory. Left out, one trains after the other
+        config: with ``resume``, only settings that the command line may change then. Each config
+            of a list is one run, with its own folder as ``out`` or ``resume``, and they differ
+            only in ``MAY_DIFFER``
+        dataset: the data set to train on, instead of ``config.dataset``
+        on_epoch: called with each epoch's row of metrics.jsonl; if it returns a true value, the
+            run ends after this epoch. ``train`` raises its errors. Not with several runs
+        at_once: how many of several runs train at the same time: a number, or ``auto`` for as
+            many as fit into the GPU's memory. Without it, they train one after the other
 
     Raises:
         ValueError, OSError: bad input, or a file that cannot be written
@@ -181,7 +181,7 @@ def train(
         if one.several and not isinstance(config, TrainConfig):
             raise ValueError(f"config must be of one run each in a list, got {one.runs} runs")
     processes = Processes(_device_name(configs[0]), configs[0].timeout)
-    with contextlib.ExitStack() as held:  # the runs' folders, by the first process
+    with contextlib.ExitStack() as held:  # the runs' folders, held by the first process
         jobs: list[_Job] = []
         try:
             if not isinstance(config, TrainConfig):
@@ -202,7 +202,7 @@ def train(
             return results
         except RunStopped as stopped:
             raise KeyboardInterrupt(str(stopped)) from None
-        except (ValueError, OSError):  # with a batch that is too large among them
+        except (ValueError, OSError):  # a batch that is too large among them
             if processes.rank == 0:
                 held.close()
                 for job in jobs:
@@ -211,14 +211,14 @@ def train(
 
 
 def _given(config: TrainConfig) -> dict:
-    """The settings that are not the defaults."""
+    """The settings that differ from the defaults."""
     defaults = TrainConfig()
     names = (item.name for item in fields(config))
     return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(defaults, n)}
 
 
 def _scores(results: list[Result]) -> list[float | None]:
-    """The accuracies; None of a run that has failed."""
+    """The accuracies, with None for a run that has failed."""
     return [None if r.failure is not None else r.accuracy for r in results]
 
 
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         exit status: 0 done, 1 failed on the way, 2 bad input, 130 stopped by the user
     """
-    held = contextlib.ExitStack()  # the run's folder, by the first process
+    held = contextlib.ExitStack()  # the run's folder, held by the first process
     try:
         with _bad_input_exits():
             config, given = parse_flags(arguments)
@@ -253,10 +253,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(stopped, file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("interrupted; what was written before is whole", file=sys.stderr)
+        print("interrupted; files that were written before are complete", file=sys.stderr)
         return 130
     except ProcessLostError as error:
-        _print_error(f"{error}; what was written before is whole")
+        _print_error(f"{error}; files that were written before are complete")
         return 1
     except BatchTooLargeError as error:
         _print_error(with_flag_name(str(error)))
@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
         _print_error(str(error))
         return 1
     except OSError as error:
-        _print_error(f"{error}; with room there again: {flag_of('resume')} {job.folder}")
+        _print_error(f"{error}; to continue once there is room: {flag_of('resume')} {job.folder}")
         return 1
     finally:
         held.close()
@@ -309,15 +309,15 @@ def _shortest(path: str) -> str:
 
 
 def _print_error(message: str) -> None:
-    """One line on stderr. Of several processes the first one speaks for all, and another one only
-    if it is not ended with the first."""
+    """Print one line on stderr. Of several processes the first one prints for all, and another one
+    prints only if it does not end with the first."""
     rank, error_file = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_ERROR_FILE")
     if rank != "0":
         time.sleep(_SPEAKS_AFTER_SECONDS)
-    # a name out of a file can have control characters in it
+    # a name from a file can contain control characters
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"error: {message}")
     print(line, file=sys.stderr, flush=True)
-    if error_file:  # what torchrun shows at the end of its own traceback
+    if error_file:  # torchrun shows its content at the end of its own traceback
         with contextlib.suppress(OSError):
             Path(error_file).write_text(json.dumps({"message": line}))
 
@@ -336,7 +336,7 @@ def _bad_input_exits():
 
 
 class _Job(NamedTuple):
-    """All that one or several runs need; see ``Run``."""
+    """The arguments of one or several runs; see ``Run``."""
 
     config: TrainConfig
     folder: Path
@@ -349,7 +349,7 @@ def _train(
     on_epoch: Callable[[dict], object] | None = None,
     bad_input: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Result:
-    """The one run of a job; ``bad_input`` is around all that is not training."""
+    """The one run of a job; ``bad_input`` is the context of everything but the training."""
     with _parting(job.processes):
         with bad_input():
             run = Run(job.config, job.folder, job.data, job.processes)
@@ -371,7 +371,7 @@ def _train_several(
             return Run(config, place, job.data.sharing(config), job.processes)
 
     members = job.config.members().items()
-    advice = f"; go on with {flag_of('resume')} {job.folder}"
+    advice = f"; to continue: {flag_of('resume')} {job.folder}"
     begins = [partial(begin, name=name, config=config) for name, config in members]
     return _results(begins, job.config.at_once, job.processes, advice, bad_input)
 
@@ -405,8 +405,8 @@ def _results(
 
 @contextlib.contextmanager
 def _parting(processes: Processes) -> Iterator[None]:
-    """The processes of the runs within part afterwards, whether they have all ended alike or not.
-    A stop is one that they have agreed on."""
+    """Context of runs, after which the processes part, whether they have all ended alike or not.
+    They have agreed on a stop by the user."""
     failed = True
     try:
         yield
@@ -426,8 +426,9 @@ def _prepared(
     dataset: Dataset | None = None,
     beside: _Job | None = None,
 ) -> _Job:
-    """The settings, the folder and the data of a run; the first process finds out for all, and
-    has the folder until ``held`` is closed. A run ``beside`` another one shares its images."""
+    """The settings, the folder and the data of a run. The first process determines them for all,
+    and holds the folder until ``held`` is closed. A run ``beside`` another one shares its
+    images."""
     folder = None
     if dataset is not None and not config.resume:
         config = replace(config, dataset=dataset.name)
@@ -467,7 +468,7 @@ def _prepared(
 
 
 def _check_alike(config: TrainConfig, first: TrainConfig) -> None:
-    """A config of a list can train beside the first one."""
+    """Check that a config of a list can train beside the first one."""
     for item in fields(config):
         ours, theirs = getattr(config, item.name), getattr(first, item.name)
         if item.name not in MAY_DIFFER and ours != theirs:
@@ -477,16 +478,16 @@ def _check_alike(config: TrainConfig, first: TrainConfig) -> None:
 
 
 def _verify_kernels(config: TrainConfig, processes: Processes) -> None:
-    """Before a first run on a card, a driver and a build: check the kernels that it uses.
+    """Check the kernels of a run before the first one with a card, a driver and a build.
 
-    The processes agree on what is not to be trusted, so that all train alike.
+    The processes agree on the kernels that are not trusted, so that all train alike.
 
     Raises:
-        ValueError: the implementation that was asked for has failed
+        ValueError: the requested implementation has failed
     """
     if config.no_selfcheck or processes.device.type != "cuda":
         return
-    # only where it is used: on a GPU
+    # needed only on a GPU
     from cifar_resnet_fast.verification.first_run import operations_of_run, verify_run
 
     plain = config.sync_bn and processes.count > 1
@@ -502,15 +503,15 @@ def _verify_kernels(config: TrainConfig, processes: Processes) -> None:
 
 
 def _resolved(config: TrainConfig, given: dict, processes: Processes, named: bool) -> TrainConfig:
-    """The settings with all that a resume must keep replaced by what it stands for.
+    """The settings with ``auto`` and relative paths resolved, so that a resume keeps them.
 
     Args:
-        named: whether the data set is what ``config.dataset`` names
+        named: whether the data set is given by ``config.dataset``
     """
     if config.batch_size_per_process is not None:
         if "batch_size" in given:
             raise ValueError(
-                f"batch_size must be left out where {flag_of('batch_size_per_process')} is given, "
+                f"batch_size must be left out if {flag_of('batch_size_per_process')} is given, "
                 f"got {config.batch_size}"
             )
         whole = config.batch_size_per_process * processes.count
@@ -521,18 +522,18 @@ def _resolved(config: TrainConfig, given: dict, processes: Processes, named: boo
         return _with_precision(config)
     dataset, reason = find_dataset(config.dataset, config.data_root, config.data_url)
     if reason is not None:
-        print(f"Training on drawn shapes in place of CIFAR-10: {reason}")
+        print(f"Training on drawn shapes instead of CIFAR-10: {reason}")
     if dataset not in NAMES and Path(dataset).exists():
-        dataset = str(Path(dataset).absolute())  # so that a resume finds it from any folder
+        dataset = str(Path(dataset).absolute())  # a resume then finds it from any folder
     root = str(Path(config.data_root).absolute())
     return _with_precision(replace(config, dataset=dataset, data_root=root))
 
 
 def _resumed(folder: Path, given: dict, held: contextlib.ExitStack) -> TrainConfig:
-    """The settings that the stopped run in ``folder`` began with."""
+    """The settings with which the stopped run in ``folder`` began."""
     path = folder / "config.json"
     if not path.is_file():
-        begin = f"; nothing was begun there: {flag_of('out')} {folder}" * is_free(folder)
+        begin = f"; to begin a run there: {flag_of('out')} {folder}" * is_free(folder)
         raise ValueError(f"resume must name the folder of a run, found no {path}{begin}")
     held.enter_context(hold(folder))
     try:
@@ -571,27 +572,27 @@ def _why_not_longer(config: TrainConfig) -> str | None:
 
 
 def _check_free(folder: Path) -> None:
-    """``folder`` can become a run's: it is new or empty."""
+    """Raise ValueError unless ``folder`` is new or empty."""
     if not is_free(folder):
         raise ValueError(
-            f"out must be a new or an empty folder, got {folder}, which holds something; "
-            f"to go on with a run there: {flag_of('resume')} {folder}"
+            f"out must be a new or an empty folder, got {folder}, which is not empty; "
+            f"to continue a run there: {flag_of('resume')} {folder}"
         )
 
 
 def _claim_folder(config: TrainConfig, held: contextlib.ExitStack) -> Path:
-    """Make the run's folder with its config.json, and nobody else's."""
+    """Create the run's folder with its config.json, and hold it."""
     started = time.strftime("%Y%m%d-%H%M%S")
     default = f"runs/{Path(config.dataset).stem}-resnet{config.depth}-{started}"
     folder = Path(config.out or default)
-    while config.out is None and folder.exists():  # a run of the same second
+    while config.out is None and folder.exists():  # another run of the same second
         name, _, count = folder.name.partition("--")
         folder = folder.with_name(f"{name}--{int(count or 1) + 1}")
     _check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=config.out is not None)
         held.enter_context(hold(folder))
-        _check_free(folder)  # another process may have had it before
+        _check_free(folder)  # another process may have used it meanwhile
         write_json(folder / "config.json", config.to_dict())
     except OSError as error:
         raise ValueError(f"out must be a folder that can be written: {error}") from None
@@ -599,7 +600,7 @@ def _claim_folder(config: TrainConfig, held: contextlib.ExitStack) -> Path:
 
 
 def _give_back(folder: Path) -> None:
-    """Remove a run's folder in which nothing was trained yet."""
+    """Remove a run's folder if nothing was trained in it yet."""
     metrics = folder / "metrics.jsonl"
     if {path.name for path in folder.iterdir()} <= {"config.json", metrics.name}:
         for name in ("config.json", metrics.name):
@@ -608,12 +609,12 @@ def _give_back(folder: Path) -> None:
 
 
 def _device_name(config: TrainConfig) -> str:
-    """``cpu`` or ``cuda``; the implementation that was asked for can run there."""
+    """``cpu`` or ``cuda``; ValueError if the requested implementation cannot run there."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu or auto where PyTorch finds no GPU, got cuda")
+        raise ValueError("device must be cpu or auto if PyTorch finds no GPU, got cuda")
     device = torch.device(name)
     if config.implementation != "auto":
         reason = ops.why_not(config.implementation, device, "trunk")
@@ -638,7 +639,7 @@ def _dtype(config: TrainConfig) -> str:
 
 
 def _evaluate(checkpoint: str, config: TrainConfig, given: dict) -> int:
-    """Score a checkpoint, this package's or a published one, on the test set."""
+    """Score a checkpoint of this package or a published one on the test set."""
     weights = read_weights(find_weights(checkpoint))
     card = weights.card
     if given.get("depth", weights.depth) != weights.depth:
@@ -648,7 +649,7 @@ def _evaluate(checkpoint: str, config: TrainConfig, given: dict) -> int:
     network = {name: value for name, value in weights.network.items() if name != "num_classes"}
     name = config.dataset
     if name == "auto":
-        name = card.get("dataset") or "cifar10"  # a published checkpoint has none
+        name = card.get("dataset") or "cifar10"  # a published checkpoint names none
     for other in given.keys() - _WITH_EVAL:
         raise ValueError(f"{other} must be left out with {flag_of('eval')}, got {given[other]}")
     config = replace(config, **network)
@@ -671,7 +672,7 @@ def _evaluate(checkpoint: str, config: TrainConfig, given: dict) -> int:
                 f"{checkpoint} does not say what its images were normalised with"
             )
         dataset = load_dataset(str(name), config.data_root, data_url=config.data_url)
-        statistics = dataset.channel_statistics()  # of all images, whatever --limit says
+        statistics = dataset.channel_statistics()  # of all images, even with --limit
     elif alone and not several:
         dataset = load_npz(folder, ("test",), classes)
     elif not several:
@@ -722,7 +723,7 @@ def _evaluate(checkpoint: str, config: TrainConfig, given: dict) -> int:
         flip = f" ({100 * Scores.of(both, labels).top1:.2f} % with mirror images)"
     print(
         f"ResNet-{model.depth} on {dataset.name}: test accuracy {100 * scores.top1:.2f} %{flip}, "
-        f"loss {scores.loss:.4f}, {len(labels)} pictures; {checkpoint}"
+        f"loss {scores.loss:.4f}, {len(labels)} images; {checkpoint}"
     )
     print(
         f"top-5 accuracy {100 * scores.top5:.2f} %, "
@@ -741,11 +742,11 @@ def _evaluate(checkpoint: str, config: TrainConfig, given: dict) -> int:
 def _statistics(
     checkpoint: str, config: TrainConfig, given: dict, card: dict
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Mean and standard deviation that images are normalised with: of the flags, or of the
-    checkpoint; None if they are to be those of the training images."""
+    """Mean and standard deviation for the normalisation of images, from the flags or from the
+    checkpoint; None if those of the training images apply."""
     if (config.mean is None) != (config.std is None):
         missing = "std" if config.std is None else "mean"
-        raise ValueError(f"{missing} must be given, as the other one of mean and std is")
+        raise ValueError(f"{missing} must be given, because the other one of mean and std is")
     if config.mean is not None and config.std is not None:
         return _from_flag("mean", config.mean), _from_flag("std", config.std)
     if "normalization" not in given and "mean" in card:
@@ -755,7 +756,7 @@ def _statistics(
 
 
 def _from_flag(name: str, text: str) -> torch.Tensor:
-    """[3] float32, out of three numbers with commas between them."""
+    """[3] float32, from three numbers with commas between them."""
     try:
         values = torch.tensor([float(part) for part in text.split(",")])
     except ValueError:
@@ -767,7 +768,7 @@ def _from_flag(name: str, text: str) -> torch.Tensor:
 
 
 def _three_numbers(content: dict, key: str, path: str) -> torch.Tensor:
-    """[3] float32, a statistic of the channels out of a checkpoint."""
+    """[3] float32, a statistic of the channels from a checkpoint."""
     values = content.get(key)
     if not isinstance(values, list) or [type(value) for value in values] != [float] * 3:
         raise ValueError(f"eval: checkpoint {path} must have three numbers as its {key}")
@@ -778,7 +779,7 @@ def _three_numbers(content: dict, key: str, path: str) -> torch.Tensor:
 
 
 class _CallableModule(types.ModuleType):
-    """This module, called: a package has one name for its module and its function ``train``."""
+    """Makes this module callable, since it has the same name as its function ``train``."""
 
     def __call__(self, *arguments, **settings) -> Result | list[Result]:
         return train(*arguments, **settings)
@@ -788,15 +789,18 @@ sys.modules[__name__].__class__ = _CallableModule
 
 
 def _command_line() -> None:
-    """Run ``main``, whose errors then stand alone on stderr, and end the process."""
+    """Run ``main``, with only its own errors on stderr, and end the process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see __init__.py
-    warnings.simplefilter("ignore")  # PyTorch's and Pillow's, on what main says itself
+    warnings.simplefilter("ignore")  # main reports these problems itself
     warnings.filterwarnings("default", message="checkpoint ")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     status = 130
     with contextlib.suppress(KeyboardInterrupt):
         status = main()
-    for number in (signal.SIGINT, signal.SIGTERM):  # asked twice: nothing is left to interrupt
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # after a second signal nothing is left to interrupt
         signal.signal(number, signal.SIG_IGN)
     sys.exit(status)
 

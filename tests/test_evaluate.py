@@ -68,7 +68,7 @@ def test_limit_does_not_change_the_statistics(published, capsys):
     [
         ("--lr 0.1", "--lr must be left out with --eval, got 0.1"),
         ("--validation 5", "--validation must be left out with --eval, got 5"),
-        ("--mean 0,0,0", "--std must be given, as the other one of mean and std is"),
+        ("--mean 0,0,0", "--std must be given, because the other one of mean and std is"),
         ("--mean 0,0 --std 1,1,1", "--mean must be three numbers, with commas between them, got"),
         ("--mean 0,0,0 --std 1,0,1", "--std must be three numbers more than 0, with commas"),
     ],

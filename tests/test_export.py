@@ -99,7 +99,7 @@ def test_wrong_file_is_not_kept(tmp_path, to, monkeypatch, capsys):
     monkeypatch.setattr(export, "folded", wrong)
     out = tmp_path / f"file{export.SUFFIXES[to]}"
     assert main([str(tmp_path / "model"), "--to", to, "--out", str(out)]) == 1
-    assert "must compute what the model computes, its logits of 1 images err" in (
+    assert "must compute the same as the model, its logits of 1 images err" in (
         capsys.readouterr().err
     )
     assert not out.exists()

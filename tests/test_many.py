@@ -135,7 +135,7 @@ def test_stop_saves_all(alone, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(EngineGroup, "train_step", stopping)
         assert main([*TINY, "--runs", "2", "--at-once", "2", "--out", str(out)]) == 130
-    said = "stopped 2 of 2 networks, each with its checkpoint; go on with --resume"
+    said = "stopped 2 of 2 networks, each with its checkpoint; to continue: --resume"
     assert f"{said} {out}" in capsys.readouterr().err
     assert [checkpoint(out / f"seed-{seed}")["step"] for seed in (0, 1)] == [STEPS + 2] * 2
     # one alone, the other one with the group

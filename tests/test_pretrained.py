@@ -177,7 +177,7 @@ REFUSED = {
     "transformer": (lambda s: {"cls_token": torch.ones(1)}, "got a vision transformer"),
     "uneven": (
         lambda s: {**s, "layer1.1.conv1.weight": torch.ones(1)},
-        "must hold as many blocks in each of three stages, got 2, 1, 1",
+        "must hold the same number of blocks in each of three stages, got 2, 1, 1",
     ),
     "key": (without("layer2.0.bn2.bias"), "it lacks layer2.0.bn2.bias$"),
     "unknown-key": (
@@ -386,7 +386,9 @@ def test_download_from_a_hub(tmp_path, trained):
                 total = float(trained.linear.bias.double().sum())
                 assert done.stdout == f"8 0.75 {total}\n", done.stderr
             else:
-                assert "someone/nothing are no file or folder here and cannot be" in done.stdout
+                assert (
+                    "someone/nothing are neither a file nor a folder and cannot be" in done.stdout
+                )
     finally:
         server.shutdown()
 

@@ -218,8 +218,8 @@ def test_stop_of_one_stops_all_and_another_number_goes_on(alone, spread, tmp_pat
     arguments[arguments.index("--batch-size") :][:2] = ["--batch-size-per-process", "8"]
     stopped = torchrun(tmp_path, IS_TOLD_TO_STOP, *arguments)
     assert stopped.returncode != 0
-    assert f"go on with --resume {out}" in stopped.stderr
-    assert stopped.stderr.count("go on with") == 1
+    assert f"to continue: --resume {out}" in stopped.stderr
+    assert stopped.stderr.count("to continue") == 1
     assert json.loads((out / "config.json").read_text())["batch_size"] == 16
     assert rows(out)[-1]["step"] == 4, "agreed at the end of the epoch"
     assert torch.load(out / "checkpoint.pt")["processes"] == 2
@@ -253,7 +253,7 @@ def test_a_process_that_is_lost(how, tmp_path):
     assert time.monotonic() - began < 150, "an end, not a hang"
     assert lost.returncode != 0
     assert "error: another process of the run has stopped or does not answer" in lost.stderr
-    assert "what was written before is whole" in lost.stderr
+    assert "files that were written before are complete" in lost.stderr
     assert torch.load(out / "checkpoint.pt")["engine"]["step"] == 4
 
 
@@ -612,7 +612,7 @@ def test_rules(monkeypatch, tmp_path, capsys):
         (["--sync-bn", "--implementation", "cuda"], "--sync-bn must be off with"),
         (
             ["--batch-size-per-process", "8"],
-            "--batch-size must be left out where --batch-size-",
+            "--batch-size must be left out if --batch-size-",
         ),
         (["--timeout", "0"], "--timeout must be more than 0"),
     ):

@@ -357,7 +357,7 @@ def test_interrupt_during_capture(finished, tmp_path, monkeypatch, capsys):
         captured_by(patch, Rehearsal())
         patch.setattr(Engine, "capture", interrupted)
         assert main([*TINY, "--out", str(out)]) == 130
-    assert "stopped after step 1; go on with" in capsys.readouterr().err
+    assert "stopped after step 1; to continue: --resume" in capsys.readouterr().err
     assert checkpoint(out)["engine"]["step"] == 1
     assert main(["--resume", str(out)]) == 0
     assert_same_end(out, finished)
@@ -380,7 +380,8 @@ def test_stop_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     stop_at(monkeypatch, 2, signal.SIGTERM)
     assert main([*TINY, "--out", str(tmp_path / "run")]) == 130
     assert (
-        f"stopped after step 2; go on with --resume {tmp_path / 'run'}" in capsys.readouterr().err
+        f"stopped after step 2; to continue: --resume {tmp_path / 'run'}"
+        in capsys.readouterr().err
     )
 
 
@@ -663,7 +664,7 @@ def bad_input(arguments, capsys):
         ("--validation 64", "--validation must be smaller than the 64"),
         ("--dtype int8", "--dtype: invalid choice: 'int8'"),
         ("--loss-scale 0", "--loss-scale must be more than 0, got 0.0"),
-        ("--nesterov --momentum 0", "--nesterov must be off where momentum is 0"),
+        ("--nesterov --momentum 0", "--nesterov must be off if momentum is 0"),
         ("--recipe slow", "--recipe: invalid choice: 'slow'"),
         ("--schedule up", "--schedule: invalid choice: 'up'"),
         ("--final-lr 0.1", "--final-lr must be left out with schedule step, got 0.1"),
@@ -864,7 +865,7 @@ def test_killed_before_the_run_began(tmp_path, capsys):
     (tmp_path / ".config.json.123.tmp").write_bytes(b"{")
     (tmp_path / ".lock").touch()
     shown = bad_input(["--resume", tmp_path], capsys)
-    assert f"nothing was begun there: --out {tmp_path}" in shown
+    assert f"to begin a run there: --out {tmp_path}" in shown
     run(out=tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
 

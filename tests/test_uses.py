@@ -518,7 +518,7 @@ def test_one_operation_that_cannot_be_is_refused_by_name(place, kernels_run):
     kernels_run("cuda")
     model = FastResNet(8, implementation="cuda")
     reason, model.layer1[0].conv1 = list(changes(model))[place]
-    with pytest.raises(RuntimeError, match=f"as one operation, which cannot be where {reason}"):
+    with pytest.raises(RuntimeError, match=f"as one operation, which is impossible if {reason}"):
         model(images(torch.float16, "cpu"))
 
 

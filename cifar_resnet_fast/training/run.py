@@ -490,7 +490,7 @@ class Run:
         # torchrun ends all processes with the first that ends; the others are to have saved
         self.processes.any(False)
         return RunStopped(
-            f"stopped after step {self.step}; go on with {flag_of('resume')} {self.folder}"
+            f"stopped after step {self.step}; to continue: {flag_of('resume')} {self.folder}"
         )
 
     def _save(self) -> None:
