@@ -9,7 +9,8 @@ class CudaGraphs:
     """Captures functions as CUDA graphs, which share their memory: replay one at a time.
 
     A captured function must read its inputs from tensors that stay where they are, write its
-    results into such, and ask nothing of the device: no ``item``, no shape that depends on values.
+    results into such tensors, and read nothing from the device: no ``item``, no shape that depends
+    on values.
     """
 
     def __init__(self):
@@ -22,18 +23,18 @@ class CudaGraphs:
 
         Args:
             function: device work
-            warm_up: the same work, for libraries and compilers to set themselves up outside of
-                the capture; changes what ``function`` changes
-            times: how often it runs
+            warm_up: the same work, so that libraries and compilers are set up outside of the
+                capture; it changes the same tensors as ``function``
+            times: number of times that ``warm_up`` runs
 
         Returns:
-            what repeats ``function``
+            a function that repeats ``function``
 
         Raises:
             torch.OutOfMemoryError: the work does not fit into the device's memory
             RuntimeError: ``function`` does what a CUDA graph cannot hold
         """
-        # as CUDA graphs need it, on another stream than the default one
+        # CUDA graphs need another stream than the default one
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -41,7 +42,7 @@ class CudaGraphs:
                 warm_up()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # a capture that fails leaves its stream the current one: the outer context undoes that.
+        # a failed capture leaves its stream the current one, which the outer context undoes.
         # thread_local: other threads, such as NCCL's, may go on calling CUDA
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
@@ -52,13 +53,13 @@ class CudaGraphs:
         return graph.replay
 
     def side_by_side(self, functions: Sequence[Callable[[], None]]) -> Callable[[], None]:
-        """What runs functions at the same time, each on a stream of its own, to be captured.
+        """A function to capture that runs functions at the same time, each on its own stream.
 
-        The streams fork from the current one and join it again. What a function allocates is
-        not reused by another one, since each stream has memory of its own.
+        The streams fork from the current one and join it again. No function reuses memory that
+        another one allocates, since each stream has its own memory.
 
         Args:
-            functions: device work; none may write what another one reads or writes
+            functions: device work; none may write tensors that another one reads or writes
         """
         streams = [torch.cuda.Stream() for _ in functions]
 
@@ -76,16 +77,16 @@ class CudaGraphs:
 
 
 def capture_for(device: torch.device) -> CudaGraphs | None:
-    """What captures work on ``device``; None where nothing can and nothing need."""
+    """The class that captures work on ``device``; None if capturing is impossible there."""
     return CudaGraphs() if device.type == "cuda" else None
 
 
 class Readback:
-    """The values of a device tensor on the host, without waiting for the device.
+    """The values of a device tensor on the host, copied without waiting for the device.
 
     Args:
         source: a tensor that steps write to
-        wait: waits for an event
+        wait: a function that waits for an event
     """
 
     def __init__(
@@ -101,17 +102,17 @@ class Readback:
             self._event = torch.cuda.Event()
 
     def ask(self) -> None:
-        """Have the values of now copied, after all device work launched so far."""
+        """Launch a copy of the values, after all device work launched so far."""
         self._values.copy_(self._source, non_blocking=True)
         if self._event is not None:
             self._event.record()
 
     def arrived(self) -> bool:
-        """Whether what was asked for last is here."""
+        """Whether the last copy has arrived."""
         return self._event is None or self._event.query()
 
     def values(self) -> torch.Tensor:
-        """What was asked for last, waited for; overwritten by the next ``ask``."""
+        """The last copy, after waiting for it; the next ``ask`` overwrites it."""
         if self._event is not None:
             self._wait(self._event)
         return self._values

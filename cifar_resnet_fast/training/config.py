@@ -117,12 +117,12 @@ class TrainConfig:
     nesterov: bool = _flag(False, "use Nesterov's momentum instead of the plain one")
     weight_decay: float = _flag(1e-4, "weight decay of SGD, on all parameters")
     decay_weights_only: bool = _flag(
-        False, "no weight decay on the normalisations' parameters and the biases"
+        False, "leave the normalisations' parameters and the biases without weight decay"
     )
     norm_bias_lr_factor: float = _flag(
         1.0,
-        "times the learning rate for the biases of the normalisations, whose weight decay is "
-        "divided by it",
+        "factor on the learning rate of the normalisations' biases, whose weight decay is divided "
+        "by it",
     )
     schedule: str = _flag(
         "step",

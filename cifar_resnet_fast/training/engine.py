@@ -1,8 +1,8 @@
 """One training step, evaluation, and all state that a step changes (layer 3).
 
-A step is device work alone: the batch, the learning rate and the place of its metrics are chosen
-by a counter on the device. So it can be captured once, as a CUDA graph, and replayed with one
-launch; where nothing captures, the same function runs as it is.
+A step is device work alone: a counter on the device determines the batch, the learning rate and
+the place of the metrics. A step can therefore be captured once, as a CUDA graph, and replayed with
+one launch; if it cannot be captured, the same function runs directly.
 """
 
 import gc
@@ -31,15 +31,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Evaluator:
-    """Scores a model on all pictures of a loader.
+    """Scores a model on all images of a loader.
 
     Args:
         model: moved to ``device``
-        loader: not augmented, on ``device``, this process's part
-        device: where it runs
-        dtype: of the activations
-        processes: that share the pictures
-        mirrored: score the mean over each image and its mirror image, too
+        loader: without augmentation, on ``device``, with the images of this process
+        device: the device of the evaluation
+        dtype: dtype of the activations
+        processes: the processes that share the images
+        mirrored: also score the mean over each image and its mirror image
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class Evaluator:
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self._loader = loader
         self._device, self._dtype = device, dtype
-        # summed over the images so far: cross entropy, hits and, if mirrored, hits of the means;
-        # and batches ever made
+        # sums over the images so far: cross entropy, hits and, if mirrored, hits of the means;
+        # and the number of batches since the start
         self._sums = torch.zeros(2 + mirrored, dtype=torch.float64, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._done = 0
@@ -73,7 +73,7 @@ class Evaluator:
             self._done += 1
 
     def result(self) -> tuple[float, ...]:
-        """Mean cross entropy and accuracy (0 .. 1) over all pictures.
+        """Mean cross entropy and accuracy (0 .. 1) over all images.
 
         With ``mirrored`` there is a third number, the accuracy of the mean of the logits of each
         image and of its mirror image.
@@ -83,13 +83,13 @@ class Evaluator:
         return tuple(value / self._loader.size for value in self._sums.tolist())
 
     def capture(self, capture: CudaGraphs) -> None:
-        """Replay a batch from now on; raises as ``capture``. Sums and counter stay as they are."""
+        """Replay a batch from now on; raises as ``capture``. Sums and counter are unchanged."""
         self._loader.prepare(self._done)
         with _Kept([self._sums, self._step]):
             self._replay = capture(self._run, self._run)
 
     def release(self) -> None:
-        """Give back what a captured batch holds."""
+        """Release the memory of a captured batch."""
         self._replay = self._run
 
     @torch.no_grad()
@@ -114,33 +114,33 @@ class Engine:
 
     Args:
         model: moved to ``device``; its parameters stay float32
-        training, testing: loaders on ``device``, the second not augmented
-        device: where it trains
-        dtype: of the activations
+        training, testing: loaders on ``device``, the second without augmentation
+        device: the device of the training
+        dtype: dtype of the activations
         schedule: [steps] float32. the learning rate of every step of the run
-        seed: of the training batches
+        seed: seed of the training batches
         momentum, nesterov, weight_decay, decay_vectors, norm_bias_factor: as ``FlatSGD`` has them
-        muon_rate: the 3x3 convolutions are trained by Muon, at this multiple of the learning rate;
-            0 for SGD on all parameters
-        label_smoothing: 0 .. 1, of the training loss
-        loss_scale: the backward pass runs on the loss times this, which keeps small gradients
-            from vanishing in float16
-        ema: decay a step of the averaged weights, which evaluation then uses; 0 for none
-        ema_start: steps taken before the average; up to there it is a copy of the weights
+        muon_rate: learning rate of Muon, which then trains the 3x3 convolutions, as a multiple of
+            the learning rate; 0 for SGD on all parameters
+        label_smoothing: label smoothing of the training loss, 0 .. 1
+        loss_scale: factor on the loss in the backward pass, which keeps small gradients from
+            vanishing in float16
+        ema: decay per step of the averaged weights, which evaluation then uses; 0 for none
+        ema_start: number of steps before the average, during which it is a copy of the weights
         ema_floor: as ``AveragedWeights`` has it
         clip: as ``FlatSGD`` has it
-        lookahead, lookahead_share: as ``Lookahead`` has ``every`` and ``share``; 0 steps for none
-        mirrored: evaluation scores the mean over each image and its mirror image, too
-        processes: that train together, each on its part of every batch. The gradients of all are
-            summed, so weights and metrics stay the same everywhere. The statistics of a batch
-            normalisation are those of each process's part, unless the model has SyncBatchNorm;
-            evaluation and checkpoints then take the running ones of the first process.
+        lookahead, lookahead_share: ``every`` and ``share`` of ``Lookahead``; 0 steps for none
+        mirrored: evaluation also scores the mean over each image and its mirror image
+        processes: the processes that train together, each on its part of every batch. Their
+            gradients are summed, so weights and metrics stay the same in all of them. A batch
+            normalisation uses the statistics of each process's part, unless the model has
+            SyncBatchNorm; evaluation and checkpoints use the running ones of the first process.
 
     Attributes:
         done: steps taken since the start of the run
-        metrics: [3, steps of an epoch] float32, on the device. a column a step, the last epoch's:
-            mean loss of the batch, pictures classified right before the step, steps skipped since
-            the start of the run
+        metrics: [3, steps of an epoch] float32, on the device. one column per step of the last
+            epoch: mean loss of the batch, images classified correctly before the step, steps
+            skipped since the start of the run
     """
 
     def __init__(
@@ -214,17 +214,17 @@ class Engine:
 
     @property
     def evaluated_model(self) -> FastResNet:
-        """The model that evaluation uses: the averaged one where there is one."""
+        """The model that evaluation uses: the averaged one if there is one."""
         return self.model if self._averaged is None else self._averaged.model
 
     def capture(self, capture: CudaGraphs) -> str | None:
-        """Replay steps and evaluation from now on, where ``capture`` can record them.
+        """Replay steps and evaluation from now on, if ``capture`` can record them.
 
         The warm-up before it trains on dummy labels and leaves no trace in the weights, the
         running statistics, the optimiser or the metrics.
 
         Returns:
-            why they go on as they are, or None
+            why they are not replayed, or None
 
         Raises:
             RuntimeError: a step does not fit into the device's memory; see ``is_out_of_memory``
@@ -248,31 +248,31 @@ class Engine:
         self._evaluator.capture(capture)
 
     def prepare(self) -> None:
-        """See to it that the device has what the next step needs."""
+        """Put everything on the device that the next step needs."""
         self._training.prepare(self.done, self._seed)
 
     def train_step(self) -> None:
-        """Launch the next step of the run; nothing waits for it."""
+        """Launch the next step of the run, without waiting for it."""
         self.prepare()
         self._replay()
         self._processes.mark()
         self.done += 1
 
     def ask_metrics(self) -> None:
-        """Have ``metrics`` copied to the host, with all steps launched so far."""
+        """Launch a copy of ``metrics`` to the host, with all steps launched so far."""
         self._readback.ask()
 
     def metrics_arrived(self) -> bool:
-        """Whether the metrics asked for last can be read without waiting."""
+        """Whether the metrics requested last can be read without waiting."""
         return self._readback.arrived()
 
     def read_metrics(self) -> Tensor:
-        """The metrics asked for last, on the host."""
+        """The metrics requested last, on the host."""
         return self._readback.values()
 
     def start_evaluation(self) -> None:
-        """Launch the evaluation on all pictures of the testing loader; nothing waits for it."""
-        # what the next exchanges wait for is then no more than each other
+        """Launch the evaluation on all images of the testing loader, without waiting for it."""
+        # the next exchanges then wait for nothing but each other
         self._processes.wait()
         averaged = [] if self._averaged is None else self._averaged.flats[1:]
         for flat in (*self._buffers, *averaged):
@@ -283,13 +283,13 @@ class Engine:
             self.prepare()  # the next epoch is drawn while the device evaluates
 
     def evaluation(self) -> tuple[float, ...]:
-        """The ``Evaluator.result`` of the evaluation launched last."""
+        """The ``Evaluator.result`` of the last evaluation."""
         return self._evaluator.result()
 
     def step_bytes(self, pictures: int) -> int:
-        """The most device memory that a step of so many pictures takes, tried out on black ones.
+        """The peak device memory of a step with that many images, measured with black ones.
 
-        For a run that is over: changes the running statistics.
+        Only after a run has ended, since it changes the running statistics.
 
         Raises:
             RuntimeError: it does not fit; see ``is_out_of_memory``
@@ -304,14 +304,14 @@ class Engine:
         return torch.cuda.max_memory_allocated(self._device) - before
 
     def planned_bytes(self, pictures: int) -> tuple[int, int, int]:
-        """What decides how many networks like this one fit into the device's memory.
+        """The figures that determine how many networks of this kind fit into the device's memory.
 
         Args:
-            pictures: a step
+            pictures: images per step
 
         Returns:
             held: bytes of all state of this network
-            step: bytes that a step takes on top
+            step: bytes that a step takes in addition
             available: bytes that are free now
         """
         state = self.state()
@@ -322,13 +322,13 @@ class Engine:
         return held, step, torch.cuda.mem_get_info(self._device)[0]
 
     def drop_graphs(self) -> None:
-        """Take steps and evaluation as they are from now on; what was captured is gone."""
+        """Run steps and evaluation directly from now on, and drop the captured ones."""
         self._replay = self.run_step
         self._evaluator.release()
         gc.collect()
 
     def release(self) -> int:
-        """Give back what captured steps hold; returns the bytes that the device then has free."""
+        """Release the memory of captured steps; returns the bytes that are then free."""
         self.drop_graphs()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self._device)[0]
@@ -339,7 +339,7 @@ class Engine:
         return all(bool(flat.isfinite().all()) for flat in self._flats)
 
     def state_dict(self) -> dict:
-        """All state that a step changes; ``load_state_dict`` takes it back."""
+        """All state that a step changes; ``load_state_dict`` restores it."""
         averaged, slow = self._averaged, self._lookahead
         return {
             "model": self.model.state_dict(),
@@ -352,7 +352,7 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up the state of a run; ValueError, KeyError or RuntimeError if it is of another."""
+        """Load the state of a run; ValueError, KeyError or RuntimeError if it does not fit."""
         if not 0 <= state["step"] <= len(self._schedule):
             raise ValueError(f"step must be within the run's, got {state['step']}")
         if state["metrics"].shape != self.metrics.shape:
@@ -372,14 +372,14 @@ class Engine:
         self.metrics.copy_(state["metrics"])
 
     def _continue_from(self, step: int) -> None:
-        """Have ``step`` steps behind; a step itself sees to the number and rate of the next."""
+        """Continue after ``step`` steps; each step sets the number and rate of the next one."""
         self.done = step
         self._step.fill_(step)
         self.optimizer.lr.copy_(self._schedule[min(step, len(self._schedule) - 1)])
 
     def run_step(self, dummy: bool = False) -> None:
-        """The device work of a step, or of a ``dummy`` one for warm-up, which no label has a part
-        in."""
+        """The device work of a step, or of a ``dummy`` one for warm-up, which does not depend on
+        the labels."""
         optimizer = self.optimizer
         self.model.train()
         images, labels, *mix = self._training.batch(self._step)
@@ -388,7 +388,7 @@ class Engine:
             mix = mix and [labels, mix[1]]
         loss, hits = self._score(images, labels, *mix)
         if self._processes.count > 1:
-            # the mean over the whole batch is the sum of the parts' shares of it
+            # the mean over the whole batch is the sum of the contributions of its parts
             loss = loss / self._processes.count
         optimizer.differentiate(loss)
         loss = loss.detach()
@@ -411,7 +411,7 @@ class Engine:
             self._schedule,
         )
         if dummy:
-            self._step -= 1  # afterwards: what is captured is to have been launched before
+            self._step -= 1  # afterwards, because captured work must have been launched before
 
     def _score(
         self,
@@ -420,8 +420,8 @@ class Engine:
         labels_b: Tensor | None = None,
         ratio: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean loss of the model on a batch, and images classified right; both as
-        ``ops.linear_cross_entropy`` has them."""
+        """Mean loss of the model on a batch and number of images classified correctly, both as
+        returned by ``ops.linear_cross_entropy``."""
         last = _plain_last_layer(self.model)
         with _autocast(self._device, self._dtype), self.optimizer.gradients_in_place():
             if last is not None:
@@ -446,12 +446,12 @@ class Engine:
 
         if labels_b is None:
             return score(labels)
-        assert ratio is not None  # as there are second labels
+        assert ratio is not None  # because there are second labels
         (loss, hits), (loss_b, hits_b) = score(labels), score(labels_b)
         return ratio * loss + (1 - ratio) * loss_b, ratio * hits + (1 - ratio) * hits_b
 
     def state(self) -> list[Tensor]:
-        """Every tensor that a step changes and a later step or the user reads."""
+        """Every tensor that a step changes and that a later step or the user reads."""
         averaged = [] if self._averaged is None else self._averaged.flats
         optimizer = self.optimizer
         kept = [optimizer.momenta, optimizer.lr, optimizer.skipped, self._step, self.metrics]
@@ -462,8 +462,8 @@ class Engine:
 class EngineGroup:
     """Engines whose next steps are launched as one.
 
-    Each has a state of its own, and a step of the group leaves in it the bits that the engine's
-    own step leaves. If nothing captures, the steps run in turn.
+    Each has its own state, and a step of the group changes it bitwise as the engine's own step
+    does. If they cannot be captured, the steps run in turn.
 
     Args:
         engines: on one device, in one process, each with a step left
@@ -474,8 +474,8 @@ class EngineGroup:
         self._replay = self._in_turn
 
     def capture(self, capture: CudaGraphs) -> str | None:
-        """Replay the steps from now on, as branches of one graph; as ``Engine.capture``, but
-        evaluation stays as it is."""
+        """Replay the steps from now on, as branches of one graph; like ``Engine.capture``, but
+        without the evaluation."""
         for engine in self._engines:
             engine.prepare()
         step = capture.side_by_side([engine.run_step for engine in self._engines])
@@ -491,7 +491,7 @@ class EngineGroup:
         return None
 
     def train_step(self) -> None:
-        """Launch the next step of every engine; nothing waits for them."""
+        """Launch the next step of every engine, without waiting for them."""
         for engine in self._engines:
             engine.prepare()
         self._replay()
@@ -499,7 +499,7 @@ class EngineGroup:
             engine.done += 1
 
     def drop_graphs(self) -> None:
-        """Run the steps in turn from now on; what was captured is gone."""
+        """Run the steps in turn from now on, and drop the captured ones."""
         self._replay = self._in_turn
         gc.collect()
 
@@ -509,8 +509,8 @@ class EngineGroup:
 
 
 def _plain_last_layer(model: FastResNet) -> nn.Linear | None:
-    """The model's last layer if calling the model is no more than ``forward_features`` and a
-    plain linear layer, so that this can run together with the loss; otherwise None."""
+    """The model's last layer if a call of the model is just ``forward_features`` and a plain
+    linear layer, which can then run together with the loss; otherwise None."""
     last = model.linear
     called = (model, last)
     if type(model).forward is not FastResNet.forward or type(last) is not nn.Linear:
@@ -523,7 +523,7 @@ def _plain_last_layer(model: FastResNet) -> nn.Linear | None:
 
 
 class _Kept:
-    """Gives tensors back the values they had on entry."""
+    """Restores the values that tensors had on entry."""
 
     def __init__(self, tensors: list[Tensor]):
         self._tensors = tensors

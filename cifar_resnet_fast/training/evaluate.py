@@ -1,4 +1,4 @@
-"""A test set through a network: scores by class, confusion matrix, predictions (layer 4)."""
+"""Evaluation on a test set: scores by class, confusion matrix, predictions (layer 4)."""
 
 import csv
 import io
@@ -32,10 +32,10 @@ def predict(
 
     Args:
         model: on ``device``
-        loader: not augmented, on ``device``, of one process
-        device: where it runs
-        dtype: of the activations
-        mirrored: run each image's mirror image, too
+        loader: without augmentation, on ``device``, of one process
+        device: the device of the evaluation
+        dtype: dtype of the activations
+        mirrored: also run each image's mirror image
 
     Returns:
         logits: [N, K] float32, on the CPU
@@ -54,18 +54,18 @@ def predict(
         made.append([part.cpu() for part in (logits, labels, both)])
         steps += 1
     logits, labels, both = (torch.cat(parts) for parts in zip(*made, strict=True))
-    present = labels >= 0  # the last batch is filled up with black images
+    present = labels >= 0  # black images fill the last batch
     return logits[present], labels[present], both[present] if mirrored else None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of predictions on a test set; shares are 0 .. 1.
+    """Scores of predictions on a test set; shares are 0 .. 1.
 
     loss: mean cross entropy
     top1, top5: share of the images whose label is the first, or among the first five
-    calibration_error: expected, over 15 bins of confidence
-    confusion: [K, K] int64. images of class i that were taken for class j
+    calibration_error: expected calibration error over 15 bins of confidence
+    confusion: [K, K] int64. number of images of class i that were classified as j
 
     Source: Guo et al. 2017, equation 3 (calibration error).
     """
@@ -95,7 +95,7 @@ class Scores:
         )
 
     def by_class(self) -> list[float | None]:
-        """The share of each class's images that were taken for it; None if it has none."""
+        """The share of each class's images that were classified correctly; None if it has none."""
         pairs = zip(
             self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist(), strict=True
         )
@@ -103,7 +103,7 @@ class Scores:
 
 
 class SetScores(NamedTuple):
-    """Of one test set among others; shares are 0 .. 1.
+    """Scores of one test set among others; shares are 0 .. 1.
 
     mirrored: ``top1`` of the mean over each image and its mirror image; None if that was not run
     by_severity: ``top1`` of each severity; empty if there are none
@@ -119,7 +119,7 @@ class SetScores(NamedTuple):
     def of(
         cls, name: str, logits: Tensor, labels: Tensor, both: Tensor | None, severities: int
     ) -> "SetScores":
-        """What ``predict`` gives, of images of so many severities, one after the other."""
+        """Scores of the result of ``predict``, for images ordered by that many severities."""
         right = (logits.argmax(1) == labels).double().reshape(severities, -1)
         return cls(
             name,
@@ -131,7 +131,7 @@ class SetScores(NamedTuple):
 
 
 def table_of(rows: Iterable[SetScores]) -> Iterator[str]:
-    """A line with the heads of the columns, one for each test set, and one with the means."""
+    """A line with the column heads, one line for each test set, and one with the means."""
     heads = ["top-1", "top-5", "ECE", "mirror", *map(str, range(1, SEVERITIES + 1))]
     yield f"{'test set':<24}{'images':>8}" + "".join(f"{head:>8}" for head in heads)
     columns: list[list[float]] = [[] for _ in heads]

@@ -1,4 +1,4 @@
-"""A run's folder: one process writes to it, and what killed ones left is removed (layer 2)."""
+"""A run's folder: one process writes to it and removes what killed ones left (layer 2)."""
 
 import contextlib
 import fcntl
@@ -12,8 +12,8 @@ _LOCK = ".lock"
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a new run can have ``folder``: it is not there or holds at most such files as a
-    process leaves that is killed before it has begun."""
+    """Whether a new run can use ``folder``: it does not exist, or holds at most the files of a
+    process that was killed before it had begun."""
     if not os.path.lexists(folder):
         return True
     return folder.is_dir() and all(_is_left_over(path) for path in folder.iterdir())
@@ -23,14 +23,14 @@ def is_free(folder: Path) -> bool:
 def hold(folder: Path) -> Iterator[None]:
     """Keep other processes from writing to ``folder``, and remove temporary files.
 
-    The lock is the kernel's, so it ends with the process however that ends; the file that it is
-    on tells who has it.
+    The lock belongs to the operating system, so it is released however the process ends; the
+    locked file names the process that holds it.
 
     Args:
-        folder: must be there
+        folder: an existing folder
 
     Raises:
-        ValueError: another process has the folder; names it
+        ValueError: another process holds the folder; names it
         OSError: the folder cannot be written, or the file system has no locks
     """
     path = folder / _LOCK
@@ -43,7 +43,7 @@ def hold(folder: Path) -> Iterator[None]:
                 left.unlink()
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is locked: nobody waits for it
+        path.unlink(missing_ok=True)  # while it is locked, so no process waits for it
         os.close(file)
 
 
@@ -53,7 +53,7 @@ def _locked(path: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the process that had it may have removed it since it was opened
+            # the process that held it may have removed it since it was opened
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file), os.stat(path)):
                     return file
@@ -61,7 +61,7 @@ def _locked(path: Path) -> int:
             holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
             os.close(file)
             raise ValueError(
-                f"only one process can train in {path.parent}, which {holder} does"
+                f"only one process can train in {path.parent}, and {holder} does"
             ) from None
         except BaseException:
             os.close(file)

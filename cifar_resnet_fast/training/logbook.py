@@ -1,22 +1,22 @@
-"""What a run shows and keeps: progress, metrics.jsonl, curves.png, TensorBoard (layer 4).
+"""The records of a run: progress, metrics.jsonl, curves.png, TensorBoard (layer 4).
 
-A row of metrics.jsonl is one epoch:
+Each row of metrics.jsonl describes one epoch:
 
 =================  ========================================================
-epoch              from 1, epochs finished
-step               training steps finished
+epoch              number of finished epochs, from 1
+step               number of finished training steps
 lr                 learning rate of the epoch's last step
-train_loss         mean over the epoch, of the batches as they were trained on
+train_loss         mean over the epoch, of each batch before its step
 train_accuracy     the same, 0 .. 1
-skipped_steps      since the start of the run, whose gradients were not finite
+skipped_steps      steps since the start of the run whose gradients were not finite
 test_loss          mean over the evaluated split after the epoch
 test_accuracy      the same, 0 .. 1 (of the held-out split with --validation)
-test_accuracy_flip with --tta flip: of the mean over each image and its mirror image
+test_accuracy_flip with --tta flip: for the mean over each image and its mirror image
 images_per_second  training only
 seconds            training and evaluation since the start of the run
 =================  ========================================================
 
-The rows of epochs that are not evaluated (--evaluate-every) have none of the test columns.
+Rows of epochs without an evaluation (--evaluate-every) have none of the test columns.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ from cifar_resnet_fast.checkpoint import write_atomically
 if "matplotlib" in sys.modules:
     from matplotlib.figure import Figure
 else:
-    # MPLBACKEND may name what is not installed here, and figures need no backend
+    # MPLBACKEND may name a backend that is not installed, and figures need none
     _backend = os.environ.pop("MPLBACKEND", None)
     import matplotlib
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ else:
     if _backend is not None:
         os.environ["MPLBACKEND"] = _backend
         with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = _backend  # as its import would have set it
+            matplotlib.rcParams["backend"] = _backend  # the value that its import would have set
 
 CURVES = "curves.png"
 _CURVES_EVERY_SECONDS = 60.0  # drawing takes about half a second
@@ -62,13 +62,13 @@ class Logbook:
     """The live display and the files of one run; a context manager.
 
     Args:
-        folder: of the run
-        epochs, steps_per_epoch: of the whole training
-        start_step: steps that were done before, when it resumes; later rows are dropped
-        evaluated: what the evaluated split is called in the display, "test" or "validation"
-        title: of the curves
+        folder: the run's folder
+        epochs, steps_per_epoch: sizes of the whole training
+        start_step: steps that a resumed run has already taken; later rows are dropped
+        evaluated: name of the evaluated split in the display, "test" or "validation"
+        title: title of the curves
         tensorboard: write events into ``folder``/tensorboard
-        label: before each line that is shown, and there is no bar: for runs beside each other
+        label: begins each line, and there is no bar, for runs beside each other
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Logbook:
         return self.folder / "metrics.jsonl"
 
     def show(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Move the bar: ``step`` steps done, the running epoch's loss and accuracy so far."""
+        """Move the bar to ``step``, with the loss and accuracy of the running epoch so far."""
         self._progress.update(
             self._task,
             completed=step,
@@ -140,7 +140,7 @@ class Logbook:
         )
 
     def add(self, row: dict) -> None:
-        """Keep one epoch's row, on the disk before anything is shown."""
+        """Record one epoch's row, on the disk before it is shown."""
         self.rows.append(row)
         with open(self.metrics_path, "a") as file:
             file.write(_line(row))
@@ -164,7 +164,7 @@ class Logbook:
         return "".join(parts)
 
     def say(self, line: str) -> None:
-        """Print a line above the bar, as it is."""
+        """Print a line above the bar, without markup."""
         self._console.print(self._label + line, markup=False, highlight=False, soft_wrap=True)
 
     def _draw_curves(self) -> None:
@@ -173,9 +173,10 @@ class Logbook:
 
 
 def read_metrics(folder: Path) -> tuple[list[dict], int]:
-    """The rows of a run's metrics.jsonl, and how many of its lines are none and left out.
+    """The rows of a run's metrics.jsonl, and the number of its lines that are no rows.
 
-    A last line that was cut off is left out and not counted: a process was killed while it wrote.
+    A last line that was cut off is neither returned nor counted: a process was killed while it
+    wrote the line.
 
     Raises:
         OSError: the file cannot be read
@@ -198,7 +199,7 @@ def read_metrics(folder: Path) -> tuple[list[dict], int]:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether it has what is drawn and compared, each of its type."""
+    """Whether a row has the values that are drawn and compared, each of its type."""
     if not isinstance(row, dict):
         return False
     names = ["epoch", "step", "lr", "train_loss", "train_accuracy", "images_per_second", "seconds"]
@@ -210,7 +211,7 @@ def _is_row(row: Any) -> bool:
 
 
 def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> None:
-    """A picture of loss, accuracy and learning rate by epoch, from the rows of metrics.jsonl."""
+    """An image of loss, accuracy and learning rate by epoch, from the rows of metrics.jsonl."""
     epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 20 else None
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -239,7 +240,7 @@ def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> Non
     accuracy.legend(loc="lower right")
     image = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of characters that the font lacks
+        warnings.simplefilter("ignore")  # warnings about characters that the font lacks
         figure.savefig(image, format="png", dpi=120)
     write_atomically(path, image.getvalue())
 
@@ -249,7 +250,7 @@ def _line(row: dict) -> str:
 
 
 class SilentLogbook:
-    """The logbook of a process that is not the first: keeps the rows, shows and writes nothing."""
+    """The logbook of all processes but the first: keeps the rows, shows and writes nothing."""
 
     def __init__(self, rows: list[dict]):
         self.rows = rows

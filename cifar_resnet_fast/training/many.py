@@ -1,9 +1,9 @@
 """Several trainings at once on one device, each in its folder (layer 4).
 
-The networks step side by side: on a GPU as branches of one captured graph, one launch a step;
-elsewhere in turn. All read one data set in memory. Each has draws, schedule, metrics, checkpoints
-and a folder of its own and ends with the bits of its run alone, so each folder is one of an
-ordinary run.
+The networks step side by side: on a GPU as branches of one captured graph, with one launch per
+step; elsewhere in turn. All of them read one data set in memory. Each has its own draws, schedule,
+metrics, checkpoints and folder, and ends bitwise as in a run of its own, so each folder is that of
+an ordinary run.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from cifar_resnet_fast.training.signals import StopRequest, Wish
 
 
 def number_at_once(wanted: str, first: Run, runs: int) -> int:
-    """How many networks train at the same time; says it, and what fits.
+    """The number of networks that train at the same time; prints it and the number that fits.
 
     Args:
         wanted: a number or ``auto``
-        first: of the runs, already in memory
-        runs: how many there are
+        first: the first run, already in memory
+        runs: the number of runs
 
     Raises:
-        ValueError: so many do not fit
+        ValueError: that many networks do not fit
         BatchTooLargeError: not even one does
     """
     if first.processes.device.type != "cuda":
@@ -60,7 +60,7 @@ class RunGroup:
         runs: in one process, of the same shapes
 
     Attributes:
-        failures: by place in ``runs``, why a network stopped whose loss or weights were not finite
+        failures: by place in ``runs``, why a network with non-finite loss or weights stopped
     """
 
     def __init__(self, runs: Sequence[Run]):
@@ -68,10 +68,10 @@ class RunGroup:
         self.failures: dict[int, str] = {}
 
     def train(self) -> list[list[dict]]:
-        """Train all to their ends; returns the rows of each metrics.jsonl.
+        """Train all of them to the end; returns the rows of each metrics.jsonl.
 
         Raises:
-            RunStopped: the user asked for it; the checkpoints are written
+            RunStopped: the user stopped them; the checkpoints are written
             BatchTooLargeError: the networks do not fit into memory after all
             OSError: a file cannot be written
         """
@@ -90,8 +90,8 @@ class RunGroup:
         return [logbook.rows for logbook in logbooks]
 
     def _steps(self, logbooks: Sequence[Logbook | SilentLogbook], stop: Wish) -> int:
-        """All steps of all; returns how many networks the user has stopped."""
-        wish = Wish()  # as it is when a step begins: all networks see the same
+        """All steps of all networks; returns how many of them the user has stopped."""
+        wish = Wish()  # the value at the start of a step, so that it is the same for all networks
         capture = capture_for(self.runs[0].processes.device)
         courses = {place: run.course(logbooks[place], wish) for place, run in enumerate(self.runs)}
         stopped = 0
@@ -125,7 +125,7 @@ class RunGroup:
     def _capture(
         self, group: EngineGroup, capture: CudaGraphs, places: list[int], first: bool
     ) -> None:
-        """Have the device repeat captured steps, if it can, and the first time evaluations."""
+        """Replay captured steps if possible, and the first time evaluations too."""
         reason = group.capture(capture)
         if reason is not None:
             print(f"steps run one kernel at a time, slower than captured: {reason}")
@@ -150,7 +150,7 @@ def _must_fit(count: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = first_line(error)
-        traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
+        traceback.clear_frames(error.__traceback__)  # the frames hold the failed step's tensors
     else:
         return
     raise BatchTooLargeError(f"at_once must be less than {count}, which do not fit: {reason}")
@@ -161,18 +161,18 @@ def train_many(
     at_once: str | None,
     bad_input: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Iterator[tuple[Run, list[dict], str | None]]:
-    """Train several runs, so many at once; gives each with its rows, and why it has failed or
-    None, in their order.
+    """Train several runs, ``at_once`` of them at the same time; yields, in their order, each with
+    its rows and the reason of its failure or None.
 
     Args:
-        begin: functions that begin a run, whose folder is held until the stack that they are given
-            is closed
+        begin: functions that begin a run; its folder is held until the stack that they receive is
+            closed
         at_once: a number or ``auto``; None for one after the other, each with its own display
-        bad_input: is around the plan of the memory
+        bad_input: the context in which the memory is planned
 
     Raises:
         RunStopped, BatchTooLargeError, OSError: as ``RunGroup.train``
-        ValueError: so many do not fit
+        ValueError: that many networks do not fit
     """
     count: int | None = None
     done = 0

@@ -1,9 +1,10 @@
 """Muon for the 3x3 convolutions, SGD for all other parameters, over flat buffers (layer 2).
 
-Muon steps along the gradient's average made nearly orthogonal, by a few steps of a Newton-Schulz
+Muon makes the average of the gradients nearly orthogonal, by a few steps of a Newton-Schulz
 iteration, and keeps the norm of each weight. The convolutions of a network of this family have
-matrices of three heights, 16, 32 and 64 rows; those of one height are one batch, the narrower ones
-filled up with columns of zeros, which the iteration keeps. Twin: ``reference.muon``.
+matrices with 16, 32 or 64 rows. Those with the same number of rows are one batch, in which the
+narrower ones are padded with columns of zeros, which the iteration preserves. Twin:
+``reference.muon``.
 """
 
 from typing import Any
@@ -22,11 +23,11 @@ class FlatMuon(FlatSGD):
     """``FlatSGD``, except that the 3x3 convolutions are trained by Muon.
 
     Their weights have no weight decay: each is scaled to the norm of a matrix of orthogonal rows
-    before it moves, which changes nothing that a batch normalisation behind it does not undo.
+    before it moves, which the batch normalisation after the convolution undoes.
     Nothing is read back to the host, so a CUDA graph can capture a step.
 
     Args:
-        model, settings: as ``FlatSGD`` has them; the momentum is Muon's, too
+        model, settings: as in ``FlatSGD``; the momentum is also Muon's
         rate: Muon's learning rate as a multiple of ``lr``
 
     Source: Jordan et al. 2024 (Muon), as in cifar10-airbench's airbench94_muon.py, in float32.
@@ -38,8 +39,8 @@ class FlatMuon(FlatSGD):
         super().__init__(model, ahead=weights, **settings)
         self._rate = rate
         device, end = self.parameters.device, self._start
-        # of each batch, [n, rows, columns]: the place of an element in the flat buffers, and 1
-        # where there is one; of each element of the flat buffers: its place in all batches
+        # for each batch, [n, rows, columns]: the place of an element in the flat buffers, and 1
+        # if there is one; for each element of the flat buffers: its place in all batches
         self._batches, batched = [], 0
         places, held = torch.zeros(end, dtype=torch.int64), torch.zeros(end, dtype=torch.bool)
         for rows in sorted({len(weight) for weight in weights}):
@@ -62,7 +63,7 @@ class FlatMuon(FlatSGD):
     def _update(self) -> None:
         end, momentum = self._start, self._settings["momentum"]
         finite = self.gradients.isfinite().all()
-        # the other parameters are to be left alone, too, and the step is to be counted
+        # the step must also leave the other parameters unchanged and be counted
         alarm = torch.zeros_like(self.lr).masked_fill(~finite, float("nan"))
         self.gradients[end : end + 1].add_(alarm)
         gradients, momenta = self.gradients[:end], self.momenta[:end]
@@ -84,7 +85,7 @@ class FlatMuon(FlatSGD):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """[n, R, C], R <= C. Each matrix with its singular values moved to near 1.
+    """[n, R, C], R <= C. Each matrix with its singular values moved close to 1.
 
     An iteration is ``X = a X + (b A + c A A) X`` with ``A = X X^T``, from ``X`` of norm 1.
     """

@@ -1,8 +1,8 @@
 """The recipe's optimiser over flat buffers, and averaged weights (layer 2).
 
-A model's parameters are moved into one flat buffer each of float32 values, gradients and momenta;
-what the modules hold afterwards are views, so state dictionaries, deep copies and checkpoints see
-parameters as ever. One kernel then updates all of them, and one all-reduce serves them all.
+A model's parameters are moved into flat float32 buffers, one each for values, gradients and
+momenta. The modules then hold views, so state dictionaries, deep copies and checkpoints are the
+same as without the buffers. One kernel updates all parameters, and one all-reduce suffices.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from cifar_resnet_fast import ops
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_ALIGNMENT = 64  # elements; a view starts at a multiple, so kernels may load 16 bytes at a time
+_ALIGNMENT = 64  # elements; each view starts at a multiple, so kernels can load 16 bytes at a time
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Move tensors into one flat buffer, of which each becomes a view; the gaps are zero.
+    """Move tensors into one flat buffer; each becomes a view of it, and the gaps are zero.
 
     Args:
-        tensors: of one dtype and device, at least one. each keeps its shape, its memory format
-            and its identity
+        tensors: at least one, all of one dtype and device. each keeps its shape, its memory
+            format and its identity
 
     Returns:
-        [P], P at least the number of elements of all
+        [P], with P at least the total number of elements
     """
     offsets, size = [], 0
     for tensor in tensors:
@@ -35,7 +35,7 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
         size += -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
     flat = torch.zeros(size, dtype=tensors[0].dtype, device=tensors[0].device)
     for tensor, offset in zip(tensors, offsets, strict=True):
-        strides = torch.empty_like(tensor).stride()  # dense, whatever the tensor's are
+        strides = torch.empty_like(tensor).stride()  # dense, unlike the tensor's perhaps
         view = flat.as_strided(tensor.shape, strides, offset)
         view.copy_(tensor.detach())
         tensor.data = view
@@ -43,7 +43,7 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of ``flat`` that lie in it as the tensors ``like`` lie in their own flat buffer."""
+    """Views of ``flat`` at the places that the tensors ``like`` have in their own flat buffer."""
     return [flat.as_strided(t.shape, t.stride(), t.storage_offset()) for t in like]
 
 
@@ -55,28 +55,28 @@ class FlatSGD:
     read back to the host, so a CUDA graph can capture a step.
 
     Args:
-        model: float32, already where it trains; moving it afterwards takes it off the buffers
-        momentum, nesterov: as torch.optim.SGD has them
+        model: float32, already on its device, since moving it would detach it from the buffers
+        momentum, nesterov: as in torch.optim.SGD
         weight_decay: of all parameters
-        decay_vectors: False leaves those of one axis, normalisations and biases, without decay
+        decay_vectors: False leaves parameters of one axis (normalisations, biases) without decay
         norm_bias_factor: the biases of the normalisations have so many times the learning rate,
             and their weight decay divided by it
         loss_scale: the loss was multiplied by it before the backward pass
-        clip: the gradient's norm over all parameters, without the loss scale, is at most this, as
-            torch.nn.utils.clip_grad_norm_ has it; 0 for any
-        passengers: numbers that travel with the gradients from process to process
-        ahead: parameters that lie first in the buffers and that ``step`` leaves alone, for a
+        clip: the largest norm of the gradient over all parameters, without the loss scale, as in
+            torch.nn.utils.clip_grad_norm_; 0 for no limit
+        passengers: count of numbers that are exchanged between processes with the gradients
+        ahead: parameters that come first in the buffers and that ``step`` does not change, for a
             subclass with another rule for them
         implementation: ``auto`` or one of ``ops.IMPLEMENTATIONS``
 
     Attributes:
-        lr: [] float32, on the device. set it before a step
+        lr: [] float32, on the device. to be set before a step
         loss_scale: [] float32, on the device
-        skipped: [] int32, on the device. steps left out so far
+        skipped: [] int32, on the device. number of steps left out so far
         parameters, momenta: [P] float32
-        gradients: [P] float32. zero in the gaps between parameters, and must stay so
+        gradients: [P] float32. must stay zero in the gaps between parameters
         passengers: [passengers] float32
-        exchanged: float32. gradients and passengers in one, for a sum over the processes
+        exchanged: float32. gradients and passengers in one tensor, for a sum over the processes
 
     Source: He et al. 2015, section 4.2; Goyal et al. 2017, section 5.3 (decay of vectors);
     Jordan 2024, section 3.4 (norm_bias_factor).
@@ -139,9 +139,9 @@ class FlatSGD:
 
     def differentiate(self, loss: Tensor) -> None:
         """Put the gradients of ``loss`` times the loss scale into ``gradients``."""
-        # as a gradient that arrives, the scale costs no launch of its own
+        # the scale is the incoming gradient, which costs no launch of its own
         found = torch.autograd.grad(loss, self._members, self.loss_scale)
-        # what the backward pass has put into its place already is not copied
+        # gradients that the backward pass has written in place are not copied
         pairs = [
             (view, gradient)
             for view, gradient in zip(self._gradient_views, found, strict=True)
@@ -152,7 +152,7 @@ class FlatSGD:
             torch._foreach_copy_(views, gradients)
 
     def gradients_in_place(self) -> contextlib.AbstractContextManager[None]:
-        """A forward pass inside has its backward pass write into ``gradients`` where it can."""
+        """Context of a forward pass whose backward pass writes into ``gradients`` if it can."""
         return ops.gradients_into(list(zip(self._members, self._gradient_views, strict=True)))
 
     def step(self) -> None:
@@ -182,7 +182,7 @@ class FlatSGD:
         )
 
     def state_dict(self) -> dict:
-        """The momenta in torch.optim.SGD's format, as it has them with the same settings."""
+        """The momenta in the format of torch.optim.SGD with the same settings."""
         kept = self._momentum_views if self._settings["momentum"] else ()
         return {
             "state": {place: {"momentum_buffer": view} for place, view in enumerate(kept)},
@@ -190,10 +190,10 @@ class FlatSGD:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up momenta in torch.optim.SGD's format, this class's or that one's own.
+        """Load momenta in torch.optim.SGD's format, from this class or from that one.
 
         Raises:
-            ValueError: the state is of other parameters or of other settings; nothing has changed
+            ValueError: the state has other parameters or other settings; nothing has changed
         """
         for place, (group, given) in enumerate(
             zip(self._param_groups(), state["param_groups"], strict=False)
@@ -219,13 +219,13 @@ class FlatSGD:
                     f"got {tuple(theirs.shape)}"
                 )
         for ours, theirs in zip(self._momentum_views, found, strict=True):
-            # torch.optim.SGD has none before its first step, which then equals one from zero
+            # torch.optim.SGD has none before its first step, which equals a step from zero
             ours.zero_() if theirs is None else ours.copy_(theirs)
 
     def _param_groups(self) -> list[dict]:
-        """As torch.optim.SGD has them, with its defaults for what is not set here.
+        """The settings in the form of torch.optim.SGD, with its defaults for the others.
 
-        Written down, for to build a torch optimiser imports PyTorch's compiler.
+        They are written out here because a torch optimiser imports PyTorch's compiler.
         """
         first, groups = 0, []
         for members, decay in self._groups:
@@ -243,18 +243,18 @@ def _norm_biases(model: nn.Module) -> list[nn.Parameter]:
 
 
 class Lookahead:
-    """Slow weights, which every few steps go a share of the way to the fast ones, which then go on
-    from there.
+    """Slow weights, which move a share of the way to the fast ones every few steps; the fast ones
+    then continue from there.
 
     Args:
         parameters: [P] float32. the fast weights, of which the first slow ones are a copy
-        every: steps from one meeting to the next
-        share: 0 .. 1, of the way
+        every: number of steps between two such moves
+        share: share of the way, 0 .. 1
 
     Attributes:
         slow: [P] float32
 
-    Source: Zhang et al. 2019, algorithm 1; the momenta stay as they are.
+    Source: Zhang et al. 2019, algorithm 1; the momenta are unchanged.
     """
 
     def __init__(self, parameters: Tensor, every: int, share: float):
@@ -263,7 +263,7 @@ class Lookahead:
 
     @torch.no_grad()
     def update(self, step: Tensor) -> None:
-        """After a step of the optimiser; ``step``, [] int64 on the device, from 0."""
+        """To be called after step ``step`` of the optimiser, [] int64 on the device, from 0."""
         due = (step + 1) % self._every == 0
         self.slow.lerp_(self._parameters, self._share * due)
         self._parameters.copy_(torch.where(due, self.slow, self._parameters))
@@ -278,14 +278,14 @@ class AveragedWeights(Generic[_Model]):
     """An exponential moving average of a model's parameters and running statistics.
 
     Args:
-        model: all its parameters and buffers are views of ``sources``, as ``flatten`` leaves them
+        model: all its parameters and buffers are views of ``sources``, made by ``flatten``
         sources: flat buffers
-        decay: 0 .. 1, a step
+        decay: decay per step, 0 .. 1
         floor: 0 .. decay. decay of the first step, which rises as ``(1 + n) / (10 + n)`` after n
-            steps; None for the same decay at all steps
+            steps; None for a constant decay
 
     Attributes:
-        model: a network of its own that holds the averages, for evaluation
+        model: a separate network that holds the averages, for evaluation
         flats: its flat buffers, one for each of ``sources``
 
     Source: the rising decay is that of TensorFlow's ExponentialMovingAverage.
@@ -333,6 +333,6 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 def flatten_buffers(model: nn.Module) -> list[Tensor]:
-    """Move a model's buffers into one flat buffer for each of their dtypes."""
+    """Move a model's buffers into one flat buffer per dtype."""
     dtypes = dict.fromkeys(buffer.dtype for buffer in model.buffers())
     return [flatten([b for b in model.buffers() if b.dtype == dtype]) for dtype in dtypes]

@@ -1,4 +1,4 @@
-"""Named recipes: what each one sets, and what becomes of it in a shorter run (layer 2).
+"""Named recipes: their settings, and how these change with the length of a run (layer 2).
 
 ``paper`` is the defaults of ``TrainConfig``. ``fast`` and ``best`` are starting points that no
 measurement with this package has confirmed yet.
@@ -49,7 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def settings_of(recipe: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a recipe if some of them are given, which stay as they are.
+    """The settings of a recipe, adapted to the given ones, which stay unchanged.
 
     With other epochs than the recipe's, its warm-up, milestones, start of the average and unmixed
     epochs keep their share of the run (milestones and unmixed epochs are rounded), and the average

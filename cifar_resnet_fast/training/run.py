@@ -1,9 +1,9 @@
 """One training in its folder: begun, stopped, resumed, finished (layer 4).
 
-The folder holds config.json, metrics.jsonl, curves.png and checkpoint.pt. The checkpoint, written
-after an epoch unless the last one is ten seconds old at most, and when the run ends or stops, has
-everything that the next step depends on, so a run that was stopped at any step and resumed ends
-with the bits of one that was not. Its ``state_dict`` holds the weights that were evaluated, so
+The folder holds config.json, metrics.jsonl, curves.png and checkpoint.pt. The checkpoint is
+written after an epoch, unless the last one is at most ten seconds old, and when the run ends or
+stops. It holds everything that the next step depends on, so a run that was stopped at any step and
+resumed ends bitwise like one that was not. Its ``state_dict`` holds the evaluated weights, so
 ``load_checkpoint`` takes the same file.
 """
 
@@ -36,9 +36,11 @@ from cifar_resnet_fast.training.signals import StopRequest, Wish
 from cifar_resnet_fast.training.trace import STEPS_BEFORE, StepTrace
 
 _SHOW_EVERY_SECONDS = 0.2
-_SAVE_EVERY_SECONDS = 10.0  # an epoch can take less time than a checkpoint's way to the disk
+_SAVE_EVERY_SECONDS = 10.0  # an epoch can take less time than the writing of a checkpoint
 _AGREE_EVERY_STEPS = 8
-_MOST_STEPS = 2**24  # which float32 counts, and whose learning rates fit into memory
+_MOST_STEPS = (
+    2**24
+)  # a count that float32 holds exactly; the learning rates of so many steps fit into memory
 CHECKPOINT, _TRACE = "checkpoint.pt", "trace.json"
 IMAGENET_STATISTICS = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
 
@@ -48,10 +50,10 @@ class RunStopped(Exception):
 
 
 class RunData:
-    """The two splits as loaders on this process's device, and what a checkpoint says about them.
+    """The two splits as loaders on this process's device, and their description in a checkpoint.
 
     Args:
-        like: of the same images; they and their memory are shared. The draws are not
+        like: data of the same images, whose memory is shared; the draws are not
 
     Raises:
         ValueError: the batch size, the validation split or the number of epochs does not fit the
@@ -118,7 +120,7 @@ class RunData:
             resident=None if like is None else like.testing.resident,
             **settings,
         )
-        # enough to tell on a resume that the pictures are the same
+        # enough to recognise on a resume that the images are the same
         self.fingerprint = {
             "train": len(dataset.x_train),
             "test": len(dataset.x_test),
@@ -127,20 +129,20 @@ class RunData:
         }
 
     def sharing(self, config: TrainConfig) -> "RunData":
-        """For a run of other settings beside this one's: the same images in memory, but draws of
-        its own."""
+        """The data of a run with other settings beside this one's: the same images in memory, but
+        its own draws."""
         return RunData(config, self._dataset, self._processes, like=self)
 
 
 def _divided(batch_size: int, processes: int) -> int:
-    """The largest batch size that splits, up to the one given."""
+    """The largest batch size that can be split, up to the one given."""
     return max(batch_size // processes, 1) * processes
 
 
 class Run:
-    """One training in its folder: begun, or taken up from the folder's checkpoint.
+    """One training in its folder: a new one, or one continued from the folder's checkpoint.
 
-    Every process has one; the first one's shows, logs and writes.
+    Every process has one; that of the first process shows, logs and writes.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another run or other data; or the run has too
@@ -161,7 +163,7 @@ class Run:
         )
         if config.sync_bn and processes.count > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        assert config.loss_scale is not None  # train.py has filled in the default
+        assert config.loss_scale is not None  # train.py has replaced None by the default
         steps_per_epoch = data.training.steps
         self._rates = learning_rates(
             config.epochs * steps_per_epoch,
@@ -198,17 +200,17 @@ class Run:
             processes=processes,
         )
         self.seconds = 0.0
-        self._saved = -math.inf  # when the last checkpoint was
-        self._said: list[str] = []  # what the display shows first
+        self._saved = -math.inf  # time of the last checkpoint
+        self._said: list[str] = []  # first value of the display
         reason = model.why_not_fused()
         if reason is not None:
             self._said.append(f"layers run one by one, not as one operation: {reason}")
         self.accuracy: float | None = None  # at the end, 0 .. 1; None if nothing was evaluated
-        processes.any(False)  # what the first one did in the folder before is done
+        processes.any(False)  # the first process has finished its work in the folder
         if os.path.lexists(folder / CHECKPOINT):
             self._load()
         elif processes.rank == 0 and len(read_metrics(folder)[0]) > 1:
-            # after the first row a checkpoint is written, before the second one
+            # a checkpoint is written after the first row and before the second one
             raise ValueError(
                 f"resume must name a folder with its checkpoint, found rows of epochs in "
                 f"{folder / 'metrics.jsonl'} and no {folder / CHECKPOINT}"
@@ -226,11 +228,11 @@ class Run:
         """Train to the end; returns the rows of metrics.jsonl.
 
         Args:
-            on_epoch: called in the first process with each epoch's row; if it returns something
-                true, the run ends there, with its checkpoint written
+            on_epoch: called in the first process with each epoch's row; if it returns a true
+                value, the run ends there, with its checkpoint written
 
         Raises:
-            RunStopped: the user asked for it; the checkpoint is written
+            RunStopped: the user stopped it; the checkpoint is written
             FloatingPointError: loss or weights are not finite; names the step
             OSError: a file cannot be written
             BatchTooLargeError: the batch does not fit into memory
@@ -252,7 +254,7 @@ class Run:
         stop: Wish,
         on_epoch: Callable[[dict], object] | None = None,
     ) -> Iterator[None]:
-        """All of the training but its steps: at each ``yield`` the next one is to be launched.
+        """The training without its steps: at each ``yield`` the caller launches the next one.
 
         Raises as ``train``.
         """
@@ -297,14 +299,14 @@ class Run:
         return model.eval()
 
     def _final_accuracy(self, logbook: Logbook | SilentLogbook) -> float | None:
-        """That of the last evaluated epoch, or found out anew if metrics.jsonl has lost rows."""
+        """That of the last evaluated epoch, or evaluated anew if metrics.jsonl has lost rows."""
         if self.processes.any(not logbook.rows or logbook.rows[-1]["step"] < self.step):
             self.engine.start_evaluation()
             return self.engine.evaluation()[1]
         return _last_accuracy(logbook.rows)
 
     def _capture(self, logbook: Logbook | SilentLogbook) -> None:
-        """Have the device repeat captured steps, where it can; a Ctrl-C waits until then."""
+        """Replay captured steps if possible; a Ctrl-C waits until the capture is over."""
         capture = capture_for(self.processes.device)
         if capture is not None:
             reason = self.engine.capture(capture)
@@ -313,18 +315,18 @@ class Run:
 
     @contextlib.contextmanager
     def _graphs_dropped(self) -> Iterator[None]:
-        """What is captured within is gone afterwards, for the processes cannot part before."""
+        """Context that drops what was captured within, since the processes cannot part before."""
         try:
             yield
         except BaseException as error:
-            if self.processes.count > 1:  # the frame of a replay that failed holds its graph
+            if self.processes.count > 1:  # the frame of a failed replay holds its graph
                 traceback.clear_frames(error.__traceback__)
             raise
         finally:
             self.engine.drop_graphs()
 
     def _tracing(self, logbook: Logbook | SilentLogbook) -> contextlib.AbstractContextManager:
-        """Records a few steps, if that is wanted: those of the first process."""
+        """Records a few steps of the first process, if a trace was requested."""
         self._trace = None
         if not self.config.profile or self.processes.rank:
             return contextlib.nullcontext()
@@ -339,7 +341,7 @@ class Run:
         return self._trace
 
     def _step(self, logbook: Logbook | SilentLogbook) -> None:
-        """Launch a step, and record it if it is one of those that are to be."""
+        """Launch a step, and record it if it belongs to the trace."""
         if self._trace is None:
             self.engine.train_step()
             return
@@ -349,7 +351,7 @@ class Run:
             logbook.say(f"a trace of {self._trace.written} steps is in {self._trace.path}")
 
     def logbook(self, label: str = "") -> Logbook | SilentLogbook:
-        """What shows and keeps this run; with a label, beside others."""
+        """The logbook of this run; with a label if it runs beside others."""
         if self.processes.rank:
             return SilentLogbook(
                 [r for r in read_metrics(self.folder)[0] if r["step"] <= self.step]
@@ -368,12 +370,11 @@ class Run:
     def _train_epoch(
         self, epoch: int, logbook: Logbook | SilentLogbook, stop: Wish
     ) -> Generator[None, None, float]:
-        """The steps of an epoch that are still to do, one at each ``yield``; returns images per
-        second."""
+        """The remaining steps of an epoch, one at each ``yield``; returns images per second."""
         engine, training = self.engine, self.data.training
         steps = training.steps
         began, first, shown = time.monotonic(), self.step, 0.0
-        asked = None  # the step whose metrics are on their way
+        asked = None  # the step whose metrics are being copied
         while self.step < (epoch + 1) * steps:
             yield
             last = self.step == (epoch + 1) * steps
@@ -390,7 +391,7 @@ class Run:
                 raise self._stopped()
         engine.ask_metrics()
         if self._evaluates(epoch):
-            engine.start_evaluation()  # before anything waits, so that the device stays busy
+            engine.start_evaluation()  # before any waiting, so that the device stays busy
         engine.read_metrics()  # waits for the last step, not for the evaluation
         elapsed = time.monotonic() - began
         self._show(self.step, (self.step - first) / elapsed, epoch, logbook)
@@ -398,13 +399,13 @@ class Run:
         return (self.step - first) * training.batch_size / elapsed
 
     def _evaluates(self, epoch: int) -> bool:
-        """Whether the network is evaluated after this epoch, from 0."""
+        """Whether the network is evaluated after this epoch, counted from 0."""
         finished = epoch + 1
         return finished % self.config.evaluate_every == 0 or finished == self.config.epochs
 
     def _agreed(self, wish: bool) -> bool:
-        """Whether to stop after this step. All processes decide the same, and not at each step,
-        because for that they wait for each other."""
+        """Whether to stop after this step. All processes agree on it, but not at each step, since
+        they wait for each other to agree."""
         if self.processes.count == 1:
             return wish
         return self.step % _AGREE_EVERY_STEPS == 0 and self.processes.any(wish)
@@ -424,7 +425,7 @@ class Run:
     def _finish_epoch(
         self, epoch: int, images_per_second: float, logbook: Logbook | SilentLogbook
     ) -> None:
-        """Keep the epoch's row; its checkpoint, if there is one, comes afterwards.
+        """Record the epoch's row; its checkpoint, if there is one, is written afterwards.
 
         A row without its checkpoint is dropped on resume; a checkpoint without its row would
         leave a gap.
@@ -456,12 +457,12 @@ class Run:
             logbook.say(
                 f"{skipped - before} steps of epoch {epoch + 1} were skipped: their gradients "
                 f"overflowed at loss scale {self.config.loss_scale:g}; a lower "
-                f"{flag_of('loss_scale')} helps where there are many"
+                f"{flag_of('loss_scale')} helps if there are many"
             )
 
     def _epoch_so_far(self, epoch: int, steps: int) -> tuple[float, float]:
-        """Mean loss and accuracy of the epoch's first ``steps`` steps, out of the metrics asked
-        for last; all must be finite."""
+        """Mean loss and accuracy of the epoch's first ``steps`` steps, from the metrics requested
+        last; all must be finite."""
         metrics = self.engine.read_metrics()[:, :steps]
         losses = metrics[0].tolist()
         for place, loss in enumerate(losses):
@@ -472,7 +473,7 @@ class Run:
                     f"(epoch {epoch + passed:.2f}): training stopped, {self._kept()}; a lower "
                     f"{flag_of('lr')} or a longer {flag_of('warmup_epochs')} often helps"
                 )
-        hits = metrics[1].double().sum().item()  # mixed images have parts of a hit
+        hits = metrics[1].double().sum().item()  # mixed images count as fractions of a hit
         return sum(losses) / steps, hits / (steps * self.data.training.batch_size)
 
     def _check_weights(self) -> None:
@@ -487,7 +488,7 @@ class Run:
         return f"{path} keeps the last good state" if path.exists() else "nothing was saved yet"
 
     def _stopped(self) -> RunStopped:
-        # torchrun ends all processes with the first that ends; the others are to have saved
+        # torchrun ends all processes with the first that ends; the others must have saved before
         self.processes.any(False)
         return RunStopped(
             f"stopped after step {self.step}; to continue: {flag_of('resume')} {self.folder}"
@@ -519,7 +520,7 @@ class Run:
             if content["format"] != 2:
                 raise ValueError(f"format must be 2, got {content['format']}")
             if content["data"] != self.data.fingerprint:
-                raise ValueError("the data set is not the one the run began with")
+                raise ValueError("the data set is not the one that the run began with")
             for name in ("depth", "seed", "batch_size", "dtype"):
                 ours, theirs = getattr(self.config, name), content["config"][name]
                 if ours != theirs:
@@ -534,16 +535,16 @@ class Run:
                     f"{self.config.batch_size // before}, so the results differ from those of an "
                     f"undisturbed run"
                 )
-        except Exception as error:  # a value of the wrong kind can make anything stumble
+        except Exception as error:  # a value of the wrong kind can cause any error
             reason = first_line(error)
             raise ValueError(f"resume: checkpoint {path} does not fit the run: {reason}") from None
 
 
 def _last_accuracy(rows: list[dict]) -> float | None:
-    """Of the last epoch that was evaluated, 0 .. 1; None if none was."""
+    """The accuracy of the last epoch that was evaluated, 0 .. 1; None if none was."""
     return next((row["test_accuracy"] for row in rows[::-1] if "test_accuracy" in row), None)
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Replace ``path`` by ``values``, whole or not at all."""
+    """Replace the content of ``path`` by ``values``, atomically."""
     write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 SCHEDULES = ("step", "linear", "cosine", "one-cycle")
-_ONE_CYCLE_START = 1 / 25  # of the peak, as torch.optim.lr_scheduler.OneCycleLR has it
+_ONE_CYCLE_START = 1 / 25  # share of the peak, as in torch.optim.lr_scheduler.OneCycleLR
 
 
 def learning_rates(
@@ -20,22 +20,22 @@ def learning_rates(
     milestones: Sequence[int] = (),
     final_lr: float = 0.0,
 ) -> Tensor:
-    """The learning rate of each step: a warm-up to the peak, then the way down.
+    """The learning rate of each step: a warm-up to the peak, then a decrease.
 
     The warm-up is linear and reaches the peak with its last step. ``step`` then drops to a tenth
     at each milestone. ``linear`` and ``cosine`` fall from the first step after the warm-up to
-    ``final_lr`` times the peak, which a step after the last one would have, so that no step is
-    lost if that is 0. ``one-cycle`` rises along a cosine from a 25th of the peak and falls along
+    ``final_lr`` times the peak, the rate of a step after the last one, so that no step is lost
+    if that is 0. ``one-cycle`` rises along a cosine from a 25th of the peak and falls along
     one; its last step has ``final_lr`` times the peak.
 
     Args:
-        steps: of the whole run
+        steps: number of steps of the whole run
         steps_per_epoch: full batches in an epoch
         lr: peak
         schedule: one of ``SCHEDULES``
         warmup_epochs: length of the warm-up; 0 for none; less than the run's, except with ``step``
         milestones: epochs, from 0, at whose start the rate of ``step`` drops
-        final_lr: as a share of the peak, 0 .. 1; ``step`` has no use for it
+        final_lr: as a share of the peak, 0 .. 1; ``step`` does not use it
 
     Returns:
         [steps] float64
@@ -65,5 +65,5 @@ def learning_rates(
 
 
 def _cosine(way: Tensor) -> Tensor:
-    """From 0 at 0 to 1 at 1, flat at both ends."""
+    """Rises from 0 at 0 to 1 at 1, flat at both ends."""
     return (1 - torch.cos(math.pi * way)) / 2

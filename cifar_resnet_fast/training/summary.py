@@ -1,4 +1,4 @@
-"""What several runs give together: a table, summary.json and, of a sweep, an image (layer 4)."""
+"""The results of several runs: a table, summary.json and, for a sweep, an image (layer 4)."""
 
 import io
 import statistics
@@ -11,12 +11,12 @@ from cifar_resnet_fast.training.run import write_json
 
 
 def summarize(folder: Path, config: TrainConfig, accuracies: list[float | None]) -> None:
-    """Print and keep mean and standard deviation over the seeds, for each combination of a sweep.
+    """Print and record mean and standard deviation over the seeds, per combination of a sweep.
 
     Args:
-        folder: gets summary.json and, of a sweep, summary.png
-        config: of several runs
-        accuracies: of its members, in their order, 0 .. 1; None of a run that has failed
+        folder: where summary.json and, for a sweep, summary.png are written
+        config: the config of several runs
+        accuracies: those of its members, in their order, 0 .. 1; None for a failed run
     """
     settings = config.settings()
     rows = []
@@ -61,7 +61,7 @@ def _score(row: dict) -> str:
 
 
 def draw_summary(path: Path, rows: list[dict], title: str) -> None:
-    """An image of a sweep: every run as a dot, mean and standard deviation of each setting."""
+    """Draw a sweep: every run as a dot, mean and standard deviation of each setting."""
     figure = Figure(figsize=(8, 1.5 + 0.4 * len(rows)), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots()

@@ -5,21 +5,21 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-STEPS_BEFORE, STEPS = 5, 5  # the first ones still fill caches and raise the clocks
+STEPS_BEFORE, STEPS = 5, 5  # the first steps still fill caches and raise the clocks
 
 
 class StepTrace:
     """Records ``STEPS`` steps of a run, after ``STEPS_BEFORE`` others.
 
-    ``before_step`` and ``after_step`` are to be called around each step of the run. The last of
-    the recorded ones writes the trace; if the run ends before it, the end of the context does.
+    ``before_step`` and ``after_step`` must be called around each step of the run. The trace is
+    written after the last recorded step, or at the end of the context if the run ends before.
 
     Args:
-        path: of the trace
-        device: where the steps run
+        path: file of the trace
+        device: device of the steps
 
     Attributes:
-        written: how many steps the trace at ``path`` has; 0 until it is there
+        written: number of steps in the trace at ``path``; 0 until it is written
     """
 
     def __init__(self, path: Path, device: torch.device):
@@ -36,11 +36,13 @@ class StepTrace:
             self._write(self._profile)
 
     def before_step(self) -> None:
-        """A step is about to be launched."""
+        """To be called before the launch of a step."""
         if self._entered == STEPS_BEFORE:
             activities = [ProfilerActivity.CPU]
             if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # or steps launched before would be in it
+                torch.cuda.synchronize(
+                    self._device
+                )  # otherwise steps launched before would be in it
                 activities.append(ProfilerActivity.CUDA)
             self._profile = profile(activities=activities)
             self._profile.start()
@@ -50,7 +52,7 @@ class StepTrace:
         self._entered += 1
 
     def after_step(self) -> bool:
-        """A step has been launched; whether the trace was written with it."""
+        """To be called after the launch of a step; returns whether the trace was written."""
         if self._profile is None:
             return False
         self._mark.__exit__(None, None, None)
