@@ -284,7 +284,7 @@ def test_a_server_without_ranges(tmp_path, serve):
 
 def test_a_server_that_gives_another_range(tmp_path, serve):
     (tmp_path / "file.bin.part").write_bytes(CONTENT[:1_000_000])
-    with pytest.raises(DataUnavailableError, match="bytes from 1000000 on were asked for, got"):
+    with pytest.raises(DataUnavailableError, match="bytes from 1000000 on were requested, got"):
         fetch(remote(serve(shift=7)), tmp_path)
 
 

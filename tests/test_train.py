@@ -655,7 +655,7 @@ def bad_input(arguments, capsys):
         ("--dataset cifar11", "--dataset must be one of auto, cifar10"),
         ("--dataset none.npz", "--dataset none.npz must be a file"),
         ("--batch-size 0", "--batch-size must be at least 1, got 0"),
-        ("--batch-size 65", "--batch-size must be in 1 .. 64, the number of pictures, got 65"),
+        ("--batch-size 65", "--batch-size must be in 1 .. 64, the number of images, got 65"),
         ("--lr -0.1", "--lr must be more than 0, got -0.1"),
         ("--lr nan", "--lr must be more than 0, got nan"),
         ("--epochs 0", "--epochs must be at least 1, got 0"),

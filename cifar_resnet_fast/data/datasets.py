@@ -1,8 +1,8 @@
 """Data sets as tensors of bytes: known ones, .npz files, folders of images, shapes (layer 2.1).
 
-Every source ends as a ``Dataset`` of [N, 32, 32, 3] uint8 pictures and int64 labels on the CPU.
-Data files are untrusted: nothing in them is executed, and their sizes are checked before memory is
-taken.
+Every source gives a ``Dataset`` of [N, 32, 32, 3] uint8 images and int64 labels on the CPU. Data
+files are untrusted: nothing in them is executed, and their sizes are checked before memory is
+allocated.
 """
 
 import math
@@ -33,9 +33,9 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "La", "RGBa", "CMYK"
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures and labels of a training and a test split, on the CPU.
+    """Images and labels of a training and a test split, on the CPU.
 
-    name: what it is called in logs
+    name: its name in logs
     x_train, x_test: [N, 32, 32, 3] uint8, RGB
     y_train, y_test: [N] int64 in 0 .. len(classes) - 1
     classes: names, in the order of the labels
@@ -49,7 +49,7 @@ class Dataset:
     classes: tuple[str, ...]
 
     def limited(self, count: int) -> "Dataset":
-        """The first ``count`` pictures of each split (all, where there are fewer)."""
+        """The first ``count`` images of each split, or all if there are fewer."""
         return replace(
             self,
             x_train=self.x_train[:count],
@@ -59,16 +59,16 @@ class Dataset:
         )
 
     def with_validation(self, count: int) -> "Dataset":
-        """``count`` training pictures held out in place of the test split.
+        """``count`` training images, held out and used instead of the test split.
 
         The choice is the same for every seed of training: a fixed shuffle, class by chance.
 
         Raises:
-            ValueError: no picture would be left to train on
+            ValueError: no image would be left to train on
         """
         if count >= len(self.x_train):
             raise ValueError(
-                f"validation must be smaller than the {len(self.x_train)} training pictures, "
+                f"validation must be smaller than the {len(self.x_train)} training images, "
                 f"got {count}"
             )
         raw = np.random.Philox(key=45_000).random_raw(len(self.x_train))
@@ -83,8 +83,8 @@ class Dataset:
         )
 
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the training pictures: two [3] float32, full scale 1."""
-        # exact integer sums, so that every machine gets the same bits
+        """Mean and standard deviation of the training images in 0 .. 1: two [3] float32."""
+        # exact integer sums, so that the result is bitwise the same on every machine
         pixels = self.x_train.reshape(-1, SHAPE[-1])
         counts = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels.T])
         values = torch.arange(256)
@@ -102,15 +102,15 @@ def load_dataset(
     Args:
         name: ``cifar10``, ``cifar100``, ``svhn`` or ``fashion_mnist`` (in ``root``, or
             downloaded to it); ``shapes`` (drawn); a ``.npz`` file with x_train, y_train,
-            x_test, y_test; or a folder with train/<class>/* and test/<class>/* of 32x32 pictures
+            x_test, y_test; or a folder with train/<class>/* and test/<class>/* of 32x32 images
         root: folder of the downloaded data
-        limit: only the first so many pictures of each split; None for all
-        data_url: where a known data set is downloaded from: its file or, ending with /, a folder
-            with its files. None: the sources that are known, by speed
+        limit: use only the first ``limit`` images of each split; None for all
+        data_url: address of a known data set: its file or, ending with /, a folder with its
+            files. None: the known sources, by speed
 
     Raises:
         ValueError: unknown name, or a file that breaks a rule; names the file, rule and value
-        DataUnavailableError: a known data set is neither in ``root`` nor to be downloaded
+        DataUnavailableError: a known data set is not in ``root`` and cannot be downloaded
         OSError: a file cannot be read
     """
     if data_url is not None and name not in KNOWN:
@@ -136,15 +136,15 @@ def load_dataset(
 def find_dataset(
     name: str, root: str | Path, data_url: str | None = None
 ) -> tuple[str, str | None]:
-    """What ``auto`` stands for here: CIFAR-10 if it is there or can be downloaded, else shapes.
+    """Resolve ``auto``: CIFAR-10 if it is there or can be downloaded, otherwise shapes.
 
     Args:
-        name, root, data_url: as ``load_dataset`` takes them. With ``data_url`` ``auto`` is
-            CIFAR-10: an address that is given is not passed over
+        name, root, data_url: as for ``load_dataset``. With ``data_url``, ``auto`` is always
+            CIFAR-10
 
     Returns:
-        name: as ``load_dataset`` takes it; anything but ``auto`` comes back as it is
-        reason: why it is not CIFAR-10, in one line; None if it is or was not asked for
+        name: as for ``load_dataset``; anything but ``auto`` is returned unchanged
+        reason: why ``auto`` is not CIFAR-10, in one line; otherwise None
     """
     if name != "auto":
         return name, None
@@ -183,8 +183,8 @@ def load_npz(
     """A .npz file with x and y of the splits, and perhaps classes (names).
 
     Args:
-        splits: that the file must have; what it has of others is left alone and comes back empty
-        classes: names of the classes if the file has none; by default numbers
+        splits: splits that the file must have; others are not read and returned empty
+        classes: names of the classes if the file has none (default: numbers)
 
     Raises:
         FileNotFoundError, ValueError: as ``load_dataset``
@@ -197,10 +197,10 @@ def load_npz(
         _check_headers(headers, splits)
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[f"{key}.npy"] for key in headers}
-    except Exception as error:  # a damaged file can make the readers stumble over anything
+    except Exception as error:  # a damaged file can cause any error in the readers
         reason = first_line(error) if str(error) else "the file is truncated"
         raise ValueError(f"dataset {path}: {reason}") from None
-    # [N, 1], as Keras has them, are as good as [N]
+    # Keras has [N, 1]
     labels = {key: arrays[key].reshape(-1) for key in wanted if key.startswith("y_")}
     if "classes" in arrays:
         given = arrays["classes"].tolist()
@@ -233,7 +233,7 @@ def npz_arrays(path: Path) -> set[str]:
 
 
 def _npz_headers(path: Path, wanted: list[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of the arrays we want in a .npz file, without reading their data."""
+    """Shape and dtype of the wanted arrays in a .npz file, without reading their data."""
     headers = {}
     with zipfile.ZipFile(path) as archive:
         present = set(archive.namelist())
@@ -253,7 +253,7 @@ def _npz_headers(path: Path, wanted: list[str]) -> dict[str, tuple[tuple[int, ..
                     raise ValueError(f"{key} must be in .npy format 1.0 or 2.0, got {version}")
                 try:
                     shape, _, dtype = read(file)
-                except Exception as error:  # a header is Python source, and read as such
+                except Exception as error:  # a header is a Python literal
                     reason = first_line(error)
                     raise ValueError(f"{key} must have a whole header: {reason}") from None
                 headers[key] = shape, dtype
@@ -263,7 +263,7 @@ def _npz_headers(path: Path, wanted: list[str]) -> dict[str, tuple[tuple[int, ..
 def _check_headers(
     headers: dict[str, tuple[tuple[int, ...], np.dtype]], splits: tuple[str, ...]
 ) -> None:
-    """The rules for shapes, dtypes and memory, before data is read; ValueError if broken."""
+    """Check shapes, dtypes and memory before data is read; ValueError if a rule is broken."""
     wanted = [f"{letter}_{split}" for split in splits for letter in "xy"]
     for key in wanted:
         if key not in headers:
@@ -287,7 +287,7 @@ def _check_headers(
 
 
 def _load_folder(path: Path) -> Dataset:
-    """A folder with train/<class>/* and test/<class>/* of 32x32 pictures."""
+    """A folder with train/<class>/* and test/<class>/* of 32x32 images."""
     found = {split: _class_folders(path, path / split) for split in ("train", "test")}
     classes = tuple(found["train"])
     if tuple(found["test"]) != classes:
@@ -306,7 +306,7 @@ def _load_folder(path: Path) -> Dataset:
             inside = _picture_files(folder)
             if not inside:
                 raise ValueError(
-                    f"dataset {path} must have pictures in every class, found none in {folder} "
+                    f"dataset {path} must have images in every class, found none in {folder} "
                     f"({', '.join(_EXTENSIONS)})"
                 )
             files += inside
@@ -320,7 +320,7 @@ def _load_folder(path: Path) -> Dataset:
 
 
 def _class_folders(path: Path, split: Path) -> dict[str, Path]:
-    """The folders of the classes by name, in its order; hidden ones are none."""
+    """The folders of the classes by name, in that order, without hidden ones."""
     try:
         entries = sorted(split.iterdir())
     except OSError as error:
@@ -333,10 +333,10 @@ def _class_folders(path: Path, split: Path) -> dict[str, Path]:
 
 
 def _picture_files(folder: Path) -> list[Path]:
-    """The pictures in a class's folder, and in folders in it; hidden entries are none.
+    """The images in a class's folder and in folders in it, without hidden entries.
 
     Raises:
-        ValueError: something is named as a picture and is no file
+        ValueError: an entry has the name of an image but is not a file
     """
     files = []
     for place, _, names in sorted(os.walk(folder)):  # does not follow links to folders
@@ -346,13 +346,13 @@ def _picture_files(folder: Path) -> list[Path]:
             if hidden or not name.lower().endswith(_EXTENSIONS):
                 continue
             if not file.is_file():
-                raise ValueError(f"dataset picture {file}: must be a file")
+                raise ValueError(f"dataset image {file}: must be a file")
             files.append(file)
     return files
 
 
 def _read_picture(file: Path) -> np.ndarray:
-    """[32, 32, 3] uint8; the size is checked before the picture is unpacked."""
+    """[32, 32, 3] uint8; the size is checked before the image is unpacked."""
     try:
         with Image.open(file) as picture:
             if picture.size != SHAPE[:2]:
@@ -363,6 +363,6 @@ def _read_picture(file: Path) -> np.ndarray:
                     f"{picture.mode}"
                 )
             return np.asarray(picture.convert("RGB"))
-    except Exception as error:  # a damaged file can make the readers stumble over anything
+    except Exception as error:  # a damaged file can cause any error in the readers
         reason = first_line(error) if str(error) else "it is damaged"
-        raise ValueError(f"dataset picture {file}: {reason}") from None
+        raise ValueError(f"dataset image {file}: {reason}") from None

@@ -1,8 +1,8 @@
-"""The known data sets: their files, where they are offered, and how they are read (layer 2.05).
+"""The known data sets: their files, sources and readers (layer 2.05).
 
-The files lie where torchvision has them, so that either finds what the other has downloaded.
-Nothing is read out of a file whose MD5 sum is wrong. CIFAR's are pickles: what reads them knows
-of NumPy's arrays and of nothing else, so that nothing in them is executed.
+The files have the same places as torchvision's, so that either finds the downloads of the other.
+No file with a wrong MD5 sum is read. CIFAR's files are pickles, whose reader accepts NumPy's
+arrays only, so that nothing in them is executed.
 """
 
 import gzip
@@ -28,11 +28,11 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class KnownSet:
-    """A data set that goes by a name.
+    """A data set with a name.
 
     remote: files to download
-    folder: where they are kept, below the root of the data
-    read: the data set, out of the root
+    folder: their folder, below the root of the data
+    read: reads the data set from the root
     unpacked: MD5 sums by path below the root, if the one file is an archive, kept in the root
         itself, which is unpacked
     """
@@ -44,7 +44,7 @@ class KnownSet:
 
 
 def load_known(name: str, root: Path, url: str | None = None) -> Arrays:
-    """A known data set out of ``root``, or downloaded to it.
+    """A known data set from ``root``, downloaded to it if necessary.
 
     Args:
         url: as ``ensure_known``
@@ -59,17 +59,17 @@ def load_known(name: str, root: Path, url: str | None = None) -> Arrays:
 def ensure_known(
     name: str, root: Path, url: str | None = None, patience: float | None = None
 ) -> None:
-    """Have a known data set in ``root``, whole and with the right MD5 sums.
+    """Ensure that a known data set is in ``root``, complete and with the right MD5 sums.
 
     Args:
-        url: of its file, or, ending with /, of a folder with its files; in place of the known
-            sources
-        patience: as ``fetch`` takes it
+        url: address of its file or, ending with /, of a folder with its files, instead of the
+            known sources
+        patience: as for ``fetch``
 
     Raises:
         ValueError: ``url`` cannot be one of this data set
-        DataUnavailableError: it is not there and cannot be downloaded to ``root``; names what is
-            missing and the ways out
+        DataUnavailableError: it is not there and cannot be downloaded to ``root``; names the
+            missing file and the alternatives
     """
     known = KNOWN[name]
     if url is not None and len(known.remote) > 1 and not url.endswith("/"):
@@ -86,7 +86,7 @@ def ensure_known(
             fetch(file, root / known.folder, own, patience)
         if known.unpacked is not None:
             _unpack(root / known.remote[0].name, root, known.unpacked)
-    except OSError as error:  # a folder that cannot be written or is full, too
+    except OSError as error:  # also a folder that cannot be written or is full
         names = " and ".join(file.name for file in known.remote)
         unpacked = ", or what is in it," if known.unpacked is not None else ""
         raise DataUnavailableError(
@@ -112,7 +112,7 @@ def _damaged(known: KnownSet, root: Path) -> str | None:
 
 
 def _unpack(archive: Path, root: Path, members: dict[str, str]) -> None:
-    """Write the members that are wanted; their names are ours, not the archive's."""
+    """Write the wanted members, under names of the package instead of the archive's."""
     with tarfile.open(archive) as tar:
         for name in members:
             (root / name).parent.mkdir(exist_ok=True)
@@ -151,7 +151,7 @@ def _cifar(train: list[Path], test: Path, meta: Path, labels: str) -> Arrays:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads pickles of plain values and NumPy's arrays; any other global is an error."""
+    """Reads pickles of plain values and NumPy arrays; any other global is an error."""
 
     # a pickle calls it by the place where NumPy had it then
     _reconstruct = np.empty(0).__reduce__()[0]
@@ -173,13 +173,13 @@ def _unpickled(path: Path) -> dict:
     """The content of a pickle.
 
     Raises:
-        ValueError: it is damaged, or holds more than arrays, numbers, texts and lists of them
+        ValueError: it is damaged, or holds anything but arrays, numbers, texts and lists of them
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of numpy, about how it was pickled in 2009
+        warnings.simplefilter("ignore")  # warnings of numpy about pickles of 2009
         try:
             return _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-        except Exception as error:  # a damaged pickle can make the reader stumble over anything
+        except Exception as error:  # a damaged pickle can cause any error in the reader
             raise ValueError(f"data file {path}: {first_line(error)}") from None
 
 
@@ -191,7 +191,7 @@ _HUB = "https://huggingface.co/datasets/"
 
 
 def _fashion_mnist(root: Path) -> Arrays:
-    """28x28 grey pixels, with 2 black ones around them, as three equal channels."""
+    """28x28 grey pixels with a border of 2 black pixels, as three equal channels."""
     folder = root / "FashionMNIST/raw"
 
     def split(name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,14 +1,14 @@
-"""Batches: the whole set on the device as bytes, augmented and normalised there (layer 2).
+"""Batches from a data set on the device as bytes, augmented and normalised there (layer 2).
 
 Every random draw of an epoch (order, crop offsets, flips, cutout, operations) is a pure function
 of (seed, epoch), so any batch of any epoch can be made again, on any device and by any number of
 processes. The draws come from numpy's Philox generator, a counter-based one whose stream never
 changes.
 
-The draws of an epoch lie on the device as a table; which of its rows make the batch, a counter on
-the device says. So making a batch is device work alone, and a CUDA graph can capture it. A set
-that does not fit into the device's memory stays on the host, and a window of it moves along with
-the steps.
+The draws of an epoch are a table on the device, and a counter on the device selects the rows of a
+batch. Making a batch is therefore device work alone, and a CUDA graph can capture it. A set that
+does not fit into the device's memory stays on the host, and a window of it moves along with the
+steps.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ _CHUNK_STEPS = 16  # steps a half of the window holds: 50 MB at batch size 1024
 
 @dataclass(frozen=True)
 class EpochDraws:
-    """The random draws of one epoch over ``size`` pictures, on the CPU.
+    """The random draws of one epoch over ``size`` images, on the CPU.
 
-    order: [size] int64. the picture at each place of the epoch
+    order: [size] int64. the image at each place of the epoch
     dy, dx: [size] int64 in 0 .. 2 * padding. corner of its crop
     flip: [size] bool. whether it is mirrored
-    cy, cx: [size] int64 in 0 .. 31. centre of the square that cutout takes away
+    cy, cx: [size] int64 in 0 .. 31. centre of the square that cutout removes
     """
 
     order: Tensor
@@ -55,12 +55,12 @@ class EpochDraws:
 def draw_epoch(
     seed: int, epoch: int, size: int, flip: str = "random", padding: int = CROP_PADDING
 ) -> EpochDraws:
-    """The draws of an epoch: the same for the same arguments, everywhere and for ever.
+    """The draws of an epoch, which depend on nothing but the arguments.
 
     Args:
-        seed: of the run, 0 .. 2**64 - 1
+        seed: seed of the run, 0 .. 2**64 - 1
         epoch: from 0
-        size: number of training pictures
+        size: number of training images
         flip: ``random`` draws anew whether an image is mirrored; ``alternating`` draws once for
             each image whether that is in the even or in the odd epochs, so that two epochs in
             succession have both (Jordan 2024, section 3.6)
@@ -89,7 +89,7 @@ def draw_epoch(
 
 def draw_mix(seed: int, epoch: int, steps: int, side: int, mixup: float, cutmix: float) -> Tensor:
     """[6, steps] float32, on the CPU. How each step of an epoch mixes images with their partners,
-    as ``ops.load_batch`` has it.
+    in the form of ``ops.load_batch``.
 
     Args:
         seed, epoch: as for ``draw_epoch``
@@ -139,22 +139,21 @@ def _philox(seed: int, epoch: int, count: int) -> np.ndarray:
 class Loader:
     """Batches of one split, made on a device, for one of several processes.
 
-    A batch is made in two parts. ``prepare``, on the host, sees to it that the device has what the
-    step needs; it never waits for the device unless the window moves. ``batch`` is device work
-    alone.
+    A batch is made in two parts. ``prepare``, on the host, puts the inputs of the step on the
+    device; it waits for the device only if the window moves. ``batch`` is device work alone.
 
     Args:
         images: [N, 32, 32, 3] uint8, on the CPU; or the ``source`` of another loader, which is
             then shared
         labels: [N] int64
         mean, std: [3] float32, full scale 1. of the normalisation
-        batch_size: pictures a step, of all processes together; a multiple of their number
-        device: where the batches are made
+        batch_size: images per step, over all processes; a multiple of their number
+        device: the device of the batches
         dtype: of the batches
-        augmented: True for training, where each epoch has an order and draws of its own and the
-            pictures left over are dropped; False for all pictures in their own order, as they are,
-            the last batch filled up with black pictures of label -1
-        cutout: side of the square taken away from each augmented picture, or 0
+        augmented: True for training: each epoch has its own order and draws, and the images of a
+            partial batch are dropped; False for all images unchanged and in their own order, with
+            the last batch filled up with black images of label -1
+        cutout: side of the square removed from each augmented image, or 0
         flip: of augmented images, as ``draw_epoch`` has it
         crop_padding: pixels on each side of an augmented image before its crop
         padding_mode: one of ``PADDING_MODES``: what these pixels are
@@ -198,8 +197,7 @@ class Loader:
     ):
         if not 1 <= batch_size <= len(images):
             raise ValueError(
-                f"batch_size must be in 1 .. {len(images)}, the number of pictures, "
-                f"got {batch_size}"
+                f"batch_size must be in 1 .. {len(images)}, the number of images, got {batch_size}"
             )
         if batch_size % processes:
             raise ValueError(
@@ -207,7 +205,7 @@ class Loader:
             )
         self.size = len(images)
         self.batch_size = batch_size
-        self.part_size = batch_size // processes  # this process's pictures of a batch
+        self.part_size = batch_size // processes  # this process's images of a batch
         self._augmented, self._cutout = augmented, cutout if augmented else 0
         self._flip = flip
         self._padding, self._padding_mode = crop_padding, padding_mode
@@ -249,7 +247,7 @@ class Loader:
         return full if self._augmented else full + (rest > 0)
 
     def prepare(self, step: int, seed: int = 0) -> None:
-        """See to it that the device has what ``batch`` needs; to be called before each step.
+        """Put the inputs of ``batch`` on the device; to be called before each step.
 
         Args:
             step: from 0, counted through all epochs; must be the device's counter
@@ -345,17 +343,17 @@ class Loader:
 
 
 class _Window:
-    """The pictures of the steps at hand, on the device: two halves, of which one is read while
-    the other is filled.
+    """The images of the current steps, on the device: two halves, of which one is read while the
+    other is filled.
 
     A half takes a chunk of up to ``_CHUNK_STEPS`` steps of one epoch. Chunks are numbered through
-    all epochs; chunk c lies in half c % 2.
+    all epochs; chunk c is in half c % 2.
 
     Args:
         images, labels: the whole set, on the CPU
-        part_size: pictures a step
-        steps: an epoch
-        device: of the window
+        part_size: images per step
+        steps: steps per epoch
+        device: the device of the window
         wait: waits for an event
     """
 
@@ -373,13 +371,13 @@ class _Window:
         self._part_size, self._steps = part_size, steps
         self._chunk_steps = min(_CHUNK_STEPS, steps)
         self._chunks = -(-steps // self._chunk_steps)  # an epoch
-        self._half = self._chunk_steps * part_size  # pictures
+        self._half = self._chunk_steps * part_size  # images
         shape = (2 * self._half, *images.shape[1:])
         self.images = torch.zeros(shape, dtype=images.dtype, device=device)
         self.labels = torch.zeros(2 * self._half, dtype=labels.dtype, device=device)
         self._held: list[tuple[Any, int] | None] = [None, None]
         self._cuda = device.type == "cuda"
-        # what is copied to the device without waiting must lie in pinned memory until it is there
+        # a copy to the device without waiting needs pinned memory until it has arrived
         self._staged_images = _pinned(torch.zeros(shape, dtype=images.dtype), device)
         self._staged_labels = _pinned(torch.zeros(2 * self._half, dtype=labels.dtype), device)
         if self._cuda:
@@ -387,17 +385,17 @@ class _Window:
             self._filled = [torch.cuda.Event(), torch.cuda.Event()]
 
     def places(self, epoch: int) -> Tensor:
-        """[steps * part_size] int32. Where in the window the epoch's pictures will lie."""
+        """[steps * part_size] int32. The places of the epoch's images in the window."""
         row = torch.arange(self._steps * self._part_size, dtype=torch.int32)
         chunk = epoch * self._chunks + row // self._half
         return chunk % 2 * self._half + row % self._half
 
     def move_to(self, step: int, pictures_of, key) -> None:
-        """Have the step's chunk on the device, and the next one on its way.
+        """Put the step's chunk on the device, and launch the copy of the next one.
 
         Args:
             step: from 0, counted through all epochs
-            pictures_of: function of an epoch to [steps * part_size]. its pictures, -1 for none
+            pictures_of: function of an epoch to [steps * part_size]. its images, -1 for none
             key: two orders of the same epoch have different ones
         """
         epoch, place = divmod(step, self._steps)
@@ -434,7 +432,7 @@ class _Window:
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` where a copy to ``device`` need not be waited for."""
+    """``tensor`` in memory from which a copy to ``device`` need not be waited for."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 

@@ -1,12 +1,12 @@
 """``shapes``: a ten-class data set that is drawn, not downloaded (layer 2).
 
-Each picture shows one figure: coloured, striped, turned, moved and scaled at random, before a
-striped background with a slope of light, partly hidden by a bar, under noise. No pixel alone
-tells the class, so a linear classifier stays low, while a small ResNet passes 90 %.
+Each image shows one figure: coloured, striped, turned, moved and scaled at random, on a striped
+background with a gradient of light, partly hidden by a bar, with noise. No single pixel determines
+the class, so a linear classifier stays low, while a small ResNet reaches more than 90 %.
 
-The same bytes come out everywhere: the randomness is numpy's Philox generator, whose stream is
-fixed by (split, chunk), and the drawing uses only IEEE float32 operations that round the same
-on every machine (+ - * / sqrt, comparisons; no sin, no exp, no matrix product).
+The bytes are the same on every machine: the randomness is numpy's Philox generator, whose stream
+is fixed by (split, chunk), and the drawing uses only IEEE float32 operations that round the same
+everywhere (+ - * / sqrt, comparisons; no sin, no exp, no matrix product).
 
 ====  =================================================================
 u, v  coordinates of a pixel in the figure's own frame, the figure's radius being 1
@@ -33,7 +33,7 @@ CLASSES = (
 SIZES = {"train": 50_000, "test": 10_000}
 
 _SIDE = 32
-_CHUNK = 250  # pictures drawn at a time, each chunk from a random stream of its own
+_CHUNK = 250  # images drawn at a time, each chunk from its own random stream
 _SEEDS = {"train": 2015, "test": 2016}
 
 _SQRT3_HALF = 0.8660254
@@ -48,7 +48,7 @@ _STAR_NORMALS = (
 
 
 def draw(split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``count`` pictures of a split.
+    """The first ``count`` images of a split.
 
     Args:
         split: "train" or "test"; their random streams have nothing in common
@@ -64,7 +64,7 @@ def draw(split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Draws:
-    """Random numbers of one chunk, one row a picture, in a fixed order of calls."""
+    """Random numbers of one chunk, one row per image, in a fixed order of calls."""
 
     def __init__(self, split: str, number: int):
         self._bits = np.random.Philox(key=np.array([_SEEDS[split], number], dtype=np.uint64))
@@ -90,7 +90,7 @@ class _Draws:
 
 
 def _draw_chunk(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """[_CHUNK, 32, 32, 3] uint8 pictures and [_CHUNK] int64 labels."""
+    """[_CHUNK, 32, 32, 3] uint8 images and [_CHUNK] int64 labels."""
     draws = _Draws(split, number)
     labels = (draws.uniform(0, len(CLASSES)).ravel()).astype(np.int64)
 
@@ -121,7 +121,7 @@ def _draw_chunk(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
     bar = np.broadcast_to(draws.uniform(0, 1, 3), picture.shape)
     _paint(picture, bar, np.abs(off_centre) - draws.uniform(0.5, 2))
 
-    # light falls off across the picture, and the camera adds noise
+    # the light decreases across the image, and the camera adds noise
     cosine, sine = draws.direction()
     light = 1 + (cosine * x + sine * y) * draws.uniform(0, 0.02)
     picture = picture * light[:, None] + draws.noise() * draws.uniform(0.05, 0.3, 1)
@@ -140,7 +140,7 @@ def _striped(
 
 
 def _paint(picture: np.ndarray, colour: np.ndarray, d: np.ndarray) -> None:
-    """Blend ``colour`` into ``picture`` where ``d`` < 0, in pixels; edges are one pixel soft."""
+    """Blend ``colour`` into the pixels of ``picture`` with ``d`` < 0; edges are one pixel soft."""
     coverage = np.clip(np.float32(0.5) - d, 0, 1)[:, None]
     picture += coverage * (colour - picture)
 

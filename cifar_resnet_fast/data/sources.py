@@ -1,10 +1,10 @@
-"""Files of known data sets out of the network: several sources, the fastest first (layer 2).
+"""Download of the known data sets: several sources, the fastest first (layer 2).
 
-A file has a size and an MD5 sum, the ones that torchvision checks, so that any server may offer
-it. All sources of a file are asked at once for its first bytes, and the fastest is taken. A
-source that falls below 1 MB/s, breaks off for good or offers another file is left for the next
-one, which goes on where it ended. If all are slow, the fastest of them finishes, unless it gives
-less than 10 kB/s.
+A file has a size and an MD5 sum, which torchvision checks too, so that any server may offer it.
+All sources of a file are asked at once for its first bytes, and the fastest is used. A source that
+falls below 1 MB/s, fails repeatedly or offers another file is replaced by the next one, which
+continues at the same byte. If all are slow, the fastest of them finishes, unless it delivers less
+than 10 kB/s.
 """
 
 import fcntl
@@ -23,8 +23,8 @@ from pathlib import Path
 
 from cifar_resnet_fast.errors import first_line
 
-_SLOWEST = 1e6  # bytes a second; a slower source is left while there are others
-_TRICKLE = 1e4  # bytes a second; 5 hours for CIFAR: as good as nothing
+_SLOWEST = 1e6  # bytes per second; a slower source is left while there are others
+_TRICKLE = 1e4  # bytes per second, at which CIFAR would take 5 hours
 _OVER_SECONDS = 5.0  # over which the speed is measured
 _SILENT_SECONDS = 10.0  # a connection that gives nothing for so long is broken
 _PROBE_SECONDS = 6.0  # finding out that no source can be reached takes at most this long
@@ -35,7 +35,7 @@ _PART = 2**18
 
 
 class DataUnavailableError(OSError):
-    """A known data set is neither on the disk nor to be downloaded; the message says why."""
+    """A known data set is not on the disk and cannot be downloaded; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class RemoteFile:
 
 
 class _SourceFailed(Exception):
-    """A source does not give the file; the message says why."""
+    """A source does not deliver the file; the message says why."""
 
 
 class _BrokenOff(_SourceFailed):
@@ -78,21 +78,21 @@ class _TooSlow(_SourceFailed):
 def fetch(
     file: RemoteFile, folder: Path, url: str | None = None, patience: float | None = None
 ) -> Path:
-    """Have a file in ``folder``, whole and with its MD5 sum.
+    """Ensure that a file is in ``folder``, complete and with its MD5 sum.
 
-    What arrived before an end of any kind stays beside it as NAME.part, and is gone on with.
+    An interrupted download stays beside it as NAME.part and is continued.
 
     Args:
-        url: the only source to take, in place of the known ones
+        url: the only source to use, instead of the known ones
         patience: seconds; if all sources are slow, one that would take longer is not taken.
             None: wait for it
 
     Returns:
-        where it is
+        its path
 
     Raises:
         ValueError: ``url`` is none
-        DataUnavailableError: no source gives it; names each and why
+        DataUnavailableError: no source delivers it; names each one and the reason
         OSError: ``folder`` cannot be written
     """
     if url is not None and not url.startswith(("http://", "https://", "file://")):
@@ -139,7 +139,7 @@ def md5_of(path: Path) -> str | None:
 
 
 def _lock(out, name: str) -> bool:
-    """Have the part to ourselves; False if it has become the whole file while we waited."""
+    """Lock the part; False if it has become the whole file in the meantime."""
     try:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -157,7 +157,7 @@ def _fetch_from_any(file: RemoteFile, out, url: str | None, patience: float | No
     """Fill ``out`` from one source after the other.
 
     Raises:
-        DataUnavailableError: none gives the file
+        DataUnavailableError: none delivers the file
     """
     whys: dict[str, str] = {}
     order = [url] if url is not None else _by_speed(file, whys)
@@ -250,7 +250,7 @@ def _open(url: str, start: int):
 
 
 def _read(response) -> bytes:
-    """What has arrived, at least a byte."""
+    """The bytes that have arrived, at least one."""
     try:
         part = response.read1(_PART)
     except (OSError, http.client.HTTPException) as error:
@@ -261,10 +261,10 @@ def _read(response) -> bytes:
 
 
 def _fetch_from(url: str, file: RemoteFile, out, slowest: float) -> None:
-    """Go on with ``out`` from one source until it is whole and right.
+    """Continue ``out`` from one source until it is complete and correct.
 
     Raises:
-        _SourceFailed: the source does not give the file
+        _SourceFailed: the source does not deliver the file
     """
     bar = _Bar(file, url)
     alone = out.tell() == 0  # no other source has a part in it
@@ -296,7 +296,7 @@ def _empty(out) -> None:
 
 
 def _receive(url: str, file: RemoteFile, out, slowest: float, bar: "_Bar") -> None:
-    """Append what one connection gives to ``out``."""
+    """Append the bytes of one connection to ``out``."""
     with _open(url, out.tell()) as response:
         if _check_offer(response, file, out.tell()) == 0:
             _empty(out)
@@ -325,7 +325,7 @@ def _check_offer(response, file: RemoteFile, start: int) -> int:
     if response.status == 206:
         span, _, size = response.headers.get("Content-Range", "").rpartition("/")
         if not span.startswith(f"bytes {start}-"):
-            raise _SourceFailed(f"bytes from {start} on were asked for, got {span!r}")
+            raise _SourceFailed(f"bytes from {start} on were requested, got {span!r}")
     else:
         start = 0
     if size and size.isdigit() and int(size) != file.size:
@@ -334,7 +334,7 @@ def _check_offer(response, file: RemoteFile, start: int) -> int:
 
 
 class _Bar:
-    """What the user sees: a line that moves on a terminal, else a line now and then."""
+    """The progress: a line that is updated on a terminal, otherwise a line now and then."""
 
     def __init__(self, file: RemoteFile, url: str):
         self._file, self._host = file, _host(url)

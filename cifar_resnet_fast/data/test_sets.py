@@ -2,7 +2,7 @@
 
 A folder holds NAME.npy files of images with one labels.npy for all, as CIFAR-10-C has them, or
 with NAME_labels.npy beside NAME_data.npy, as CIFAR-10.1 has them; or .npz files with x_test and
-y_test. What lies there is untrusted, as in ``datasets``.
+y_test. The files are untrusted, as in ``datasets``.
 
 Source: Hendrycks and Dietterich 2019 (CIFAR-10-C); Recht et al. 2018 (CIFAR-10.1).
 """
@@ -17,7 +17,7 @@ import torch
 from cifar_resnet_fast.data.datasets import SHAPE, Dataset, load_npz, npz_arrays
 from cifar_resnet_fast.errors import first_line
 
-SEVERITIES = 5  # of each corruption in CIFAR-10-C, one after the other in its file
+SEVERITIES = 5  # severities of each corruption in CIFAR-10-C, one after the other in its file
 
 
 def is_test_file(path: Path) -> bool:
@@ -26,13 +26,13 @@ def is_test_file(path: Path) -> bool:
         return False
     try:
         names = npz_arrays(path)
-    except Exception:  # load_dataset says what is wrong with it
+    except Exception:  # load_dataset reports the error
         return False
     return "x_test" in names and "x_train" not in names
 
 
 def test_files(folder: Path) -> list[Path]:
-    """The files with images of a folder of test sets, by name; none if it is no such folder."""
+    """The files with images in a folder of test sets, by name; none if it is not such a folder."""
     if not folder.is_dir() or (folder / "train").exists():
         return []
     files = sorted(path for path in folder.glob("*.npy") if not _holds_labels(path))
@@ -45,9 +45,9 @@ def load_test_sets(
     """The test sets of a folder, one after the other, without training images.
 
     Args:
-        folder: for which ``test_files`` gives some
-        classes: names of what the labels stand for, but in .npz files with names of their own
-        limit: only the first so many images, of each severity if there are some
+        folder: one for which ``test_files`` finds some
+        classes: names of the classes, unless an .npz file has its own names
+        limit: use only the first ``limit`` images, of each severity if there are severities
 
     Yields:
         dataset: one test set
@@ -111,7 +111,7 @@ def _array(path: Path) -> np.ndarray:
     """The array in a .npy file, mapped: its size is that of the file."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a damaged file can make the reader stumble over anything
+    except Exception as error:  # a damaged file can cause any error in the reader
         raise ValueError(
             f"dataset {path} must be a whole .npy file: {first_line(error)}"
         ) from None
