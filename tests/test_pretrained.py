@@ -146,7 +146,7 @@ def test_option_b_with_the_triton_kernels(device):
 def test_option_b_is_refused_by_cuda_by_name(kernels_run):
     kernels_run("cuda")
     model = FastResNet(8, shortcut="B", implementation="cuda")
-    with pytest.raises(RuntimeError, match="where layer2.0 has a shortcut with parameters"):
+    with pytest.raises(RuntimeError, match="if layer2.0 has a shortcut with parameters"):
         model(torch.randn(2, 3, 32, 32).half())
 
 
