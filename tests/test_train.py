@@ -1036,7 +1036,7 @@ def test_plain_lines_without_a_terminal(tmp_path):
     lines = shown.stdout.splitlines()
     assert [line.split()[1] for line in lines[:3]] == ["1/3", "2/3", "3/3"]
     assert "test accuracy" in lines[3]
-    assert len(lines) == 4
+    assert len(lines) == 10  # the last six name the run's files and the next commands
     assert "\x1b" not in shown.stdout
 
 

@@ -95,7 +95,7 @@ def is_channels_last(value: Tensor) -> bool:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What ``torch.autocast`` casts to on ``device``, None where it is off."""
+    """What ``torch.autocast`` casts to on ``device``; None if it is off."""
     kind = device.type
     # the meta device knows no autocast; torch.compile, before torch 2.13, no is_autocast_available
     if kind == "meta" or not torch.is_autocast_enabled(kind):

@@ -19,7 +19,7 @@ BUILD_INFO: dict = json.loads(_RECORD.read_text()) if _RECORD.exists() else {}
 
 
 def _why_not_load(library: str) -> str | None:
-    """Load ``library``; the reason in one line where that cannot be."""
+    """Load ``library``; returns the reason in one line if that fails."""
     if not BUILD_INFO:
         return "the package was not installed: pip install --no-build-isolation ."
     if library in BUILD_INFO["missing"]:
@@ -45,7 +45,7 @@ WHY_NOT_LOADED["_cuda"] = WHY_NOT_LOADED["_C"] or _why_not_load("_cuda")
 
 
 def why_not_extension(device: torch.device) -> str | None:
-    """The reason why the compiled extension cannot run on ``device``, or None where it can."""
+    """The reason why the compiled extension cannot run on ``device``, or None if it can."""
     if device.type == "cpu":
         return WHY_NOT_LOADED["_C"]
     if device.type != "cuda":

@@ -160,7 +160,7 @@ def _broken_rule(implementation: str, features: Tensor, K: int) -> Exception | N
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, weight, bias, labels, labels_b, ratio, label_smoothing):
-        # triton is imported only where it is used
+        # triton is imported only if it is used
         from cifar_resnet_fast.kernels.linear_cross_entropy import linear_cross_entropy
 
         loss, hits, *gradients = linear_cross_entropy(

@@ -171,7 +171,7 @@ def _trunk_is_right(
     """Each kernel of a training step, and evaluation."""
     _can_run(implementation, device, operation)
     sizes = sizes_of(device, implementation)
-    # only where it is used: torch.library's custom operations import triton
+    # imported only if it is used: torch.library's custom operations import triton
     from cifar_resnet_fast.ops._trunk.autograd import kernels_of
 
     module = kernels_of(implementation)

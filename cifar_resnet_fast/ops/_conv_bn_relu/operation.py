@@ -90,7 +90,7 @@ def conv_bn_relu(
         lambda name: _broken_rule(name, x, C, K, elements, vectors),
     )
     if chosen == "triton":
-        # triton is imported only where it is used
+        # triton is imported only if it is used
         from cifar_resnet_fast.ops._conv_bn_relu.triton import conv_bn_relu_triton
 
         return conv_bn_relu_triton(

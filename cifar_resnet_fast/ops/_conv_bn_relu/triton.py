@@ -243,7 +243,7 @@ class _ConvBNReLU(torch.autograd.Function):
 
 
 def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as the kernels read it, [K, 9, C] row-major; itself where it is so already."""
+    """The weight as the kernels read it, [K, 9, C] row-major; unchanged if it is so already."""
     return weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
 
 

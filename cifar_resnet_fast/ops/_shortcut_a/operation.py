@@ -49,7 +49,7 @@ def shortcut_a(
     if chosen == "cuda":
         return shortcut_a_cuda(x, out_channels, stride)
     if chosen == "triton":
-        # triton is imported only where it is used
+        # triton is imported only if it is used
         from cifar_resnet_fast.ops._shortcut_a.triton import shortcut_a_triton
 
         return shortcut_a_triton(x, out_channels, stride)

@@ -21,7 +21,7 @@ from cifar_resnet_fast.reference import Unit
 
 
 def kernels_of(implementation: str) -> ModuleType:
-    """The module with an implementation's kernels; triton is imported only where it is used."""
+    """The module with an implementation's kernels; triton is imported only if it is used."""
     if implementation == "cuda":
         return trunk_cuda
     from cifar_resnet_fast.ops._trunk import triton as trunk_triton

@@ -89,7 +89,7 @@ def trunk(
     )
     if chosen == "reference":
         return reference.trunk(pictures.to(dtype), units, training=training)
-    # only where it is used: torch.library's custom operations import triton
+    # imported only if it is used: torch.library's custom operations import triton
     from cifar_resnet_fast.ops._trunk import autograd as trunk_autograd
 
     places = None
