@@ -835,7 +835,7 @@ def test_a_second_process_is_refused(stopped, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Engine, "train_step", meanwhile)
     assert main(["--resume", str(stopped)]) == 0
     assert refused[0] == (
-        f"error: only one process can train in {stopped}, which process {os.getpid()} on "
+        f"error: only one process can train in {stopped}, and process {os.getpid()} on "
         f"{socket.gethostname()} does\n"
     )
     assert "must be a new or an empty folder" in refused[1]
@@ -856,7 +856,7 @@ def test_two_that_claim_a_folder_at_once(tmp_path, capsys):
 
     with hold(tmp_path):
         shown = bad_input([*TINY, "--out", tmp_path], capsys)
-    assert f"only one process can train in {tmp_path}, which process {os.getpid()} on" in shown
+    assert f"only one process can train in {tmp_path}, and process {os.getpid()} on" in shown
     assert list(tmp_path.iterdir()) == []
 
 
