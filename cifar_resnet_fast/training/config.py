@@ -112,7 +112,11 @@ class TrainConfig:
         "parameters",
         ("sgd", "muon"),
     )
-    muon_lr: float = _flag(0.24, "peak learning rate of muon, which follows the same schedule")
+    muon_lr: float = _flag(
+        0.24,
+        "peak learning rate of muon, which follows the same schedule; another batch size than the "
+        "recipe's does not change it",
+    )
     momentum: float = _flag(0.9, "momentum of SGD and muon", metavar="FACTOR")
     nesterov: bool = _flag(False, "use Nesterov's momentum instead of the plain one")
     weight_decay: float = _flag(1e-4, "weight decay of SGD, on all parameters")
