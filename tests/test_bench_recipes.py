@@ -8,6 +8,7 @@ import torch
 
 from bench import recipes
 from bench.recipes import main, two_sided, welch
+from cifar_resnet_fast.training.config import parse_flags
 from cifar_resnet_fast.training.logbook import read_metrics
 
 # --- statistics ----------------------------------------------------------------------------------
@@ -128,6 +129,30 @@ def test_a_run_without_a_checkpoint_begins_again(tmp_path, monkeypatch):
     recipes.run_seed(place, ["--lr", "1"], 3)
     out = ["--lr", "1", "--seed", "3", "--out", str(place)]
     assert calls == [out, ["--resume", str(place)]]
+
+
+def test_arms_that_are_ready(tmp_path, monkeypatch):
+    """By their names or all of them, and each is a training that can be begun."""
+    seen = []
+
+    def run_arms(folder, arms, seeds, minutes):
+        seen.append(arms)
+
+    monkeypatch.setattr(recipes, "run_arms", run_arms)
+    flags = ["--flags", "--depth 56"]
+    chosen = ["--arm", "fast", "--arm", "fast-muon", "--arm", "short: --recipe fast --epochs 24"]
+    assert main([str(tmp_path / "chosen"), *chosen, *flags]) == 0
+    assert main([str(tmp_path / "all"), *flags]) == 0
+    assert list(seen[0]) == ["fast", "fast-muon", "short"]
+    assert list(seen[1]) == list(recipes.ARMS)
+    configs = {name: parse_flags(given)[0] for name, given in {**seen[0], **seen[1]}.items()}
+    assert all(config.depth == 56 for config in configs.values())
+    fast, muon = configs["fast"], configs["fast-muon"]
+    assert (fast.epochs, fast.optimizer) == (48, "sgd")
+    assert (muon.epochs, muon.optimizer, muon.muon_lr, muon.lr) == (38, "muon", 0.24, 1.2)
+    best, crops = configs["best"], configs["best-crops"]
+    assert (best.cutout, best.mixup, best.unmixed_epochs) == (16, 1.0, 20)
+    assert (crops.cutout, crops.mixup, crops.unmixed_epochs, crops.epochs) == (0, 0.0, 0, 160)
 
 
 @pytest.mark.parametrize(

@@ -681,6 +681,8 @@ def bad_input(arguments, capsys):
         ("--cutmix 1 --batch-size 1", "--cutmix must be 0 with batches of one image, which have"),
         ("--optimizer muon --momentum 0", "--momentum must be more than 0 with optimizer muon"),
         ("--muon-lr 0", "--muon-lr must be more than 0, got 0.0"),
+        ("--muon-lr 0.1", "--muon-lr must be left out without --optimizer muon, got 0.1"),
+        ("--lookahead-share 0.4", "--lookahead-share must be left out without --lookahead, got 0"),
         ("--clip -1", "--clip must be 0 or more, got -1.0"),
         ("--norm-bias-lr-factor 0", "--norm-bias-lr-factor must be in 1e-6 .. 1e6, got 0.0"),
         ("--norm-bias-lr-factor nan", "--norm-bias-lr-factor must be in 1e-6 .. 1e6, got nan"),

@@ -112,7 +112,11 @@ class TrainConfig:
         "parameters",
         ("sgd", "muon"),
     )
-    muon_lr: float = _flag(0.24, "peak learning rate of muon, which follows the same schedule")
+    muon_lr: float = _flag(
+        0.24,
+        "peak learning rate of muon, which follows the same schedule; another batch size than the "
+        "recipe's does not change it",
+    )
     momentum: float = _flag(0.9, "momentum of SGD and muon", metavar="FACTOR")
     nesterov: bool = _flag(False, "use Nesterov's momentum instead of the plain one")
     weight_decay: float = _flag(1e-4, "weight decay of SGD, on all parameters")
@@ -121,8 +125,9 @@ class TrainConfig:
     )
     norm_bias_lr_factor: float = _flag(
         1.0,
-        "factor on the learning rate of the normalisations' biases, whose weight decay is divided "
-        "by it",
+        "multiply the learning rate of the normalisations' biases by this number, and divide "
+        "their weight decay by it",
+        metavar="FACTOR",
     )
     schedule: str = _flag(
         "step",
@@ -727,14 +732,23 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[TrainConfig, dict[s
         raise ValueError(f"{empty.removesuffix('=--')} must have a value, got '--'")
     given = vars(parser.parse_args(arguments))
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    if "config" not in given:
-        return (TrainConfig.of_recipe if "recipe" in given else TrainConfig)(**given), given
-    for name in ("recipe", "resume", "eval"):
-        if name in given:
-            raise ValueError(
-                f"{name} must be left out with {flag_of('config')}, got {given[name]}"
-            )
-    return dataclasses.replace(_read_config(given["config"]), **given), given
+    if "config" in given:
+        for name in ("recipe", "resume", "eval"):
+            if name in given:
+                raise ValueError(
+                    f"{name} must be left out with {flag_of('config')}, got {given[name]}"
+                )
+        config = dataclasses.replace(_read_config(given["config"]), **given)
+    else:
+        config = (TrainConfig.of_recipe if "recipe" in given else TrainConfig)(**given)
+    # not a rule of the settings, in which these have a value in any case
+    for name, has_use, need in (
+        ("muon_lr", config.optimizer == "muon", f"{flag_of('optimizer')} muon"),
+        ("lookahead_share", config.lookahead > 0, flag_of("lookahead")),
+    ):
+        if name in given and not has_use and "resume" not in given:
+            raise ValueError(f"{name} must be left out without {need}, got {given[name]}")
+    return config, given
 
 
 def _read_config(path: str) -> TrainConfig:

@@ -153,8 +153,11 @@ for parameters in loss.SHAPES:
 TRITON["loss-no-bias"] = functools.partial(cross_entropy, (37, 64, 10), "no-bias")
 for settings in optimizer.SETTINGS:
     TRITON[f"sgd-{settings}"] = functools.partial(
-        optimizer.test_kernel_is_the_reference, 2500, 2000, settings, CPU
+        optimizer.test_kernel_is_the_reference, 2500, 2000, 0, settings, CPU
     )
+TRITON["sgd-scaled"] = functools.partial(
+    optimizer.test_kernel_is_the_reference, 2500, 2500, 1400, "nesterov", CPU
+)
 TRITON["sgd-bad-gradient"] = functools.partial(
     optimizer.test_one_bad_gradient_skips_the_step, "triton", float("nan"), 1024, CPU
 )
