@@ -1,6 +1,7 @@
 # make train            train something real on what is here; ARGS="--depth 56" passes flags on
 # make test             run the tests
 # make test-fast        run the tests that are quick: under two minutes on two idle cores
+# make wheel            build a wheel for all GPUs from 8.0 on into dist/: many minutes, needs no GPU
 # make docs             build the documentation into build/site, with warnings as errors
 # make gpu-check        whether every kernel is right on this GPU: two minutes, a line a check, selfcheck.json
 # make bench            measure operations, kernels, steps and loaders on the GPU, and draw the report
@@ -20,7 +21,7 @@ HAS_GPU = $(shell $(BIN)/python -c "import torch; print(int(torch.cuda.is_availa
 CPU_ARGS := --depth 8 --limit 10000 --epochs 10 --batch-size 128 --lr 0.2 --warmup-epochs 1 \
   --milestones 7 9
 
-.PHONY: train test test-fast docs gpu-check bench kernels-report fuzz kill-test lint
+.PHONY: train test test-fast wheel docs gpu-check bench kernels-report fuzz kill-test lint
 train: $(INSTALLED)
 ifeq ($(strip $(ARGS)),)
 	@if [ "$(HAS_GPU)" = 0 ]; then \
@@ -39,6 +40,9 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+wheel: $(INSTALLED)
+	tools/wheel.sh $(VENV)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -14,9 +14,11 @@ Both libraries use torch's stable ABI as of 2.11 and Python's as of 3.10: one wh
 all later ones.
 
 CIFAR_RESNET_FAST_BUILD  auto (what can be built; the default), cuda (both libraries, or fail),
-                         cpu (_C, or fail) or none
-TORCH_CUDA_ARCH_LIST     as in torch.utils.cpp_extension; default: those of the visible GPUs,
-                         or 8.0;9.0+PTX where none is
+                         wheel (as cuda, but for the GPUs of all users; tools/wheel.sh), cpu (_C,
+                         or fail) or none
+TORCH_CUDA_ARCH_LIST     as in torch.utils.cpp_extension; default: those of the visible GPUs, or
+                         8.0;9.0+PTX if there is none; for a wheel, all that nvcc knows of
+                         8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX
 CUDA_HOME                the toolkit to use; default: of the nvcc on the PATH, /usr/local/cuda, or
                          packages installed beside PyTorch (tools/toolkit.py)
 CXX, MAX_JOBS            as in torch.utils.cpp_extension
@@ -40,6 +42,8 @@ PACKAGE = "cifar_resnet_fast"
 OLDEST_TORCH = (2, 11)
 # where no GPU says which: code for 8.0 also runs on 8.6 and 8.9, and each more costs a minute
 ARCHITECTURES = ("8.0", "9.0")
+# PTX of 9.0 serves what lies between and is not here, PTX of the last one all that follows
+WHEEL_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0+PTX", "10.0", "12.0")
 WITHOUT_C = "every operation then runs in plain PyTorch or Triton"
 WITHOUT_CUDA = "GPUs then run plain PyTorch or Triton"
 CXX_FLAGS = [
@@ -53,8 +57,8 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-O3", "-lineinfo", "-std=c++20", "-Xcompiler", "-Wall,-Wextra"]
 
 mode = os.environ.get(f"{PACKAGE.upper()}_BUILD", "auto")
-if mode not in ("auto", "cuda", "cpu", "none"):
-    sys.exit(f"{PACKAGE.upper()}_BUILD must be auto, cuda, cpu or none, got {mode!r}")
+if mode not in ("auto", "cuda", "wheel", "cpu", "none"):
+    sys.exit(f"{PACKAGE.upper()}_BUILD must be auto, cuda, wheel, cpu or none, got {mode!r}")
 # what the package will show: the libraries that were built, with what, and why others were not
 record = {
     "mode": mode,
@@ -68,7 +72,7 @@ record = {
 
 
 def leave_out(library: str, reason: str) -> None:
-    if mode == "cuda" or (mode == "cpu" and library == "_C"):
+    if mode in ("cuda", "wheel") or (mode == "cpu" and library == "_C"):
         sys.exit(f"{PACKAGE.upper()}_BUILD={mode}, but {library} cannot be built: {reason}")
     record["missing"][library] = reason
     print(f"{PACKAGE}: {library} is left out: {reason}", file=sys.stderr)
@@ -113,8 +117,8 @@ def find_toolkit() -> toolkit.Toolkit | str:
 
 
 def compute_name(architecture: str) -> str:
-    """As nvcc has it: 8.6 is compute_86."""
-    return f"compute_{architecture.replace('.', '')}"
+    """As nvcc has it: 8.6 and 8.6+PTX are compute_86."""
+    return f"compute_{architecture.removesuffix('+PTX').replace('.', '')}"
 
 
 def visible_architectures() -> list[str]:
@@ -160,12 +164,15 @@ def libraries() -> list:
         leave_out("_cuda", found)
         return extensions
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # torch would ask the GPU, which may be absent
+        wanted = WHEEL_ARCHITECTURES if mode == "wheel" else visible_architectures()
         chosen = [
             architecture
-            for architecture in visible_architectures() or ARCHITECTURES
+            for architecture in wanted or ARCHITECTURES
             if compute_name(architecture) in found.architectures
         ]
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen or ARCHITECTURES) + "+PTX"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = (
+            ";".join(chosen or ARCHITECTURES).removesuffix("+PTX") + "+PTX"
+        )
     record["architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
     os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(found.home)
     kernels = sorted(str(path) for path in Path("csrc").glob("*/*.cu"))

@@ -1,6 +1,28 @@
-"""The message of an error in one line, and whether memory has run out (layer 0)."""
+"""The message of an error in one line; memory that has run out, missing packages (layer 0)."""
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
+
+
+class MissingPackageError(ImportError):
+    """A package that only a part of this one needs cannot be imported; names the extra with it."""
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports of what only an extra of this package brings.
+
+    Raises:
+        MissingPackageError: an import fails; says how to install the extra
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingPackageError(
+            f'{first_line(error)}: pip install "cifar_resnet_fast[{name}]" brings it'
+        ) from None
 
 
 def first_line(error: BaseException) -> str:

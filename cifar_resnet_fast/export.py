@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cifar_resnet_fast.checkpoint import read_checkpoint, write_atomically
+from cifar_resnet_fast.errors import MissingPackageError, extra
 from cifar_resnet_fast.pretrained import NETWORK, find_weights, read_state, write_weights
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.logbook import read_metrics
@@ -101,7 +102,7 @@ def export(
         card: plain values that describe the network
 
     Raises:
-        ImportError: a package that the format needs is not installed
+        MissingPackageError: a package that the format needs is not installed
         ArithmeticError: the exported network does not compute the same as the model
         OSError: the file cannot be written
     """
@@ -136,12 +137,14 @@ def _dynamic() -> dict[str, Any]:
 def _onnx(
     network: Inference, images: Tensor, card: dict
 ) -> tuple[bytes, Callable[[Tensor], Tensor]]:
-    import onnxruntime
+    with extra("export"):
+        import onnx  # noqa: F401 (torch imports it, too late for an error in one line)
+        import onnxruntime
+        import onnxscript  # noqa: F401
 
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # warnings about versions of operators, which are of no use to the user
+        # warnings about versions of operators, which are of no use to the user
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network,
             (images,),
@@ -251,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ArithmeticError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, MissingPackageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{out}: ResNet-{model.depth}, {out.stat().st_size:,} bytes, checked on the CPU")

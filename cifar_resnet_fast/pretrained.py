@@ -20,7 +20,7 @@ from cifar_resnet_fast.checkpoint import (
     read_checkpoint,
     write_atomically,
 )
-from cifar_resnet_fast.errors import first_line
+from cifar_resnet_fast.errors import MissingPackageError, extra, first_line
 
 FOLDER = Path(__file__).parent / "weights"
 WEIGHTS, CARD = "model.safetensors", "config.json"
@@ -99,12 +99,12 @@ def find_weights(name: str | Path) -> Path:
 
 def _downloaded(repository: str) -> Path:
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError:
+        with extra("hub"):
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except MissingPackageError as error:
         raise FileNotFoundError(
-            f"weights {repository} are neither a file nor a folder, and package huggingface_hub, "
-            f"which can download them, is not installed"
+            f"weights {repository} are neither a file nor a folder, and cannot be downloaded: {error}"
         ) from None
     try:
         files = [hf_hub_download(repository, file) for file in (CARD, WEIGHTS)]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_resnet_fast import ops
+from cifar_resnet_fast.errors import extra
 from cifar_resnet_fast.modules import (
     BasicBlock,
     apply_unit,
@@ -297,9 +298,10 @@ class FastResNet(nn.Module):
             the address of the commit
 
         Raises:
-            ImportError: the package huggingface_hub is not installed
+            MissingPackageError: the package huggingface_hub is not installed
         """
-        from huggingface_hub import HfApi
+        with extra("hub"):
+            from huggingface_hub import HfApi
 
         hub = HfApi()
         hub.create_repo(repository, private=private, exist_ok=True)

@@ -39,6 +39,7 @@ from cifar_resnet_fast.data.test_sets import (
     load_test_sets,
     test_files,
 )
+from cifar_resnet_fast.errors import MissingPackageError
 from cifar_resnet_fast.pretrained import find_weights, read_weights
 from cifar_resnet_fast.processes import Processes, ProcessLostError
 from cifar_resnet_fast.resnet import FastResNet
@@ -59,7 +60,7 @@ from cifar_resnet_fast.training.evaluate import (
     write_predictions,
 )
 from cifar_resnet_fast.training.folder import hold, is_free
-from cifar_resnet_fast.training.logbook import CURVES
+from cifar_resnet_fast.training.logbook import CURVES, check_packages
 from cifar_resnet_fast.training.many import train_many
 from cifar_resnet_fast.training.memory import BatchTooLargeError
 from cifar_resnet_fast.training.run import (
@@ -161,6 +162,7 @@ def train(
 
     Raises:
         ValueError, OSError: bad input, or a file that cannot be written
+        MissingPackageError: of the extra ``train``
         BatchTooLargeError, FloatingPointError, ProcessLostError: as ``Run.train``
         KeyboardInterrupt: the user stopped the run, whose checkpoint is written
     """
@@ -327,7 +329,7 @@ def _bad_input_exits():
     """An error that the user's input caused is one line on stderr and exit status 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingPackageError) as error:
         _print_error(with_flag_name(str(error)))
         raise SystemExit(2) from None
 
@@ -429,6 +431,7 @@ def _prepared(
     """The settings, the folder and the data of a run. The first process determines them for all,
     and holds the folder until ``held`` is closed. A run ``beside`` another one shares its
     images."""
+    check_packages("rich", "matplotlib", *["tensorboard"] * config.tensorboard)
     folder = None
     if dataset is not None and not config.resume:
         config = replace(config, dataset=dataset.name)
@@ -640,6 +643,8 @@ def _dtype(config: TrainConfig) -> str:
 
 def _evaluate(checkpoint: str, config: TrainConfig, given: dict) -> int:
     """Score a checkpoint of this package or a published one on the test set."""
+    if config.confusion is not None:
+        check_packages("matplotlib")
     weights = read_weights(find_weights(checkpoint))
     card = weights.card
     if given.get("depth", weights.depth) != weights.depth:

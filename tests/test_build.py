@@ -15,7 +15,7 @@ from test_toolkit import plant_toolkit
 
 from cifar_resnet_fast import info, ops
 from cifar_resnet_fast.ops import _extension as extension
-from tools import ptxas_report
+from tools import ptxas_report, try_wheel
 
 ROOT = Path(__file__).parents[1]
 SHARED_MEMORY = 101_376  # bytes a block can have on the RTX 30 and 40 series
@@ -81,7 +81,7 @@ def test_what_was_tried_was_built():
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what setup.py needs, with nothing built in it."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "cifar_resnet_fast", "tools"):
         shutil.copytree(
@@ -191,13 +191,39 @@ def test_what_is_compiled_for(checkout, gpus, architectures):
 
 
 @pytest.mark.parametrize(
+    ("known", "flags", "architectures"),
+    [
+        ("80 86 89 90 100 120", {}, "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"),
+        ("80 86 89 90", {}, "8.0;8.6;8.9;9.0+PTX"),
+        ("80 86 89 90", {"TORCH_CUDA_ARCH_LIST": "8.6"}, "8.6"),
+    ],
+    ids=["all", "older-nvcc", "named"],
+)
+def test_what_a_wheel_is_compiled_for(checkout, known, flags, architectures):
+    """GPUs of all users, whatever this machine has."""
+    if torch.version.cuda is None or shutil.which("c++") is None:
+        pytest.skip("there is nothing to compile for")
+    names = "\\n".join(f"compute_{name}" for name in known.split())
+    home = plant_toolkit(checkout / "toolkit", torch.version.cuda, names)
+    (checkout / "elsewhere").mkdir()
+    (checkout / "elsewhere" / "sitecustomize.py").write_text(GPUS.format(gpus=[(8, 9)]))
+    flags = {"PYTHONPATH": str(checkout / "elsewhere"), "CUDA_HOME": str(home), **flags}
+    result = build(checkout, *DRY, CIFAR_RESNET_FAST_BUILD="wheel", **flags)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((checkout / "built/cifar_resnet_fast/_build_info.json").read_text())
+    assert record["architectures"] == architectures
+    assert record["missing"] == {}
+
+
+@pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"CIFAR_RESNET_FAST_BUILD": "gpu"}, "must be auto, cuda, cpu or none, got 'gpu'"),
+        ({"CIFAR_RESNET_FAST_BUILD": "gpu"}, "must be auto, cuda, wheel, cpu or none, got 'gpu'"),
         ({"CIFAR_RESNET_FAST_BUILD": "cuda", "CUDA_HOME": "/nowhere"}, "_cuda cannot be built"),
+        ({"CIFAR_RESNET_FAST_BUILD": "wheel", "CUDA_HOME": "/nowhere"}, "_cuda cannot be built"),
         ({"CIFAR_RESNET_FAST_BUILD": "cpu", "CXX": "/nowhere/c++"}, "_C cannot be built"),
     ],
-    ids=["unknown", "cuda", "cpu"],
+    ids=["unknown", "cuda", "wheel", "cpu"],
 )
 def test_what_was_asked_for_by_name_must_be_built(checkout, environment, message):
     result = build(checkout, *DRY, **environment)
@@ -315,12 +341,19 @@ def test_trained_networks_are_in_what_is_installed_and_in_the_archive(checkout):
     assert build(checkout, "build_py", "--build-lib", "built").returncode == 0
     built = checkout / "built" / "cifar_resnet_fast" / "weights"
     assert names <= {path.name for path in built.iterdir()}
+    (checkout / "tests").mkdir()
+    (checkout / "tests/test_nothing.py").touch()  # setuptools would take it
     done = build(checkout, "sdist", "--formats", "gztar")
     assert done.returncode == 0, done.stderr
     (archive,) = (checkout / "dist").iterdir()
     with tarfile.open(archive) as file:
-        inside = {Path(path).name for path in file.getnames() if "/weights/" in path}
-    assert names <= inside
+        paths = [Path(*Path(path).parts[1:]) for path in file.getnames()]
+    assert names <= {path.name for path in paths if path.parent.name == "weights"}
+    # all that builds it, and no tests, which would need the rest of the repository
+    assert set((ROOT / "csrc").glob("*/*")) <= {ROOT / path for path in paths}
+    for needed in ("setup.py", "tools/__init__.py", "tools/toolkit.py"):
+        assert Path(needed) in paths
+    assert not [path for path in paths if path.parts[:1] == ("tests",)]
 
 
 def test_the_package_works_without_the_libraries(checkout):
@@ -393,6 +426,24 @@ def test_architectures(built, capability, runs):
 
 
 # --- info ---------------------------------------------------------------------------------------
+
+
+def test_what_tries_a_wheel_passes_here():
+    if ops.BUILD_INFO.get("built") != ["_C", "_cuda"]:
+        pytest.skip("not all of it is built here")
+    try_wheel.main()
+
+
+@pytest.mark.parametrize(
+    ("built", "reason"),
+    [(["_C"], None), (["_C", "_cuda"], "_C cannot be loaded: undefined symbol")],
+    ids=["not-built", "not-loaded"],
+)
+def test_what_tries_a_wheel_can_fail(monkeypatch, built, reason):
+    monkeypatch.setattr(ops, "BUILD_INFO", {**BUILT, "built": built})
+    monkeypatch.setattr(ops, "WHY_NOT_LOADED", {"_C": reason, "_cuda": reason})
+    with pytest.raises(AssertionError):
+        try_wheel.main()
 
 
 def test_info_says_where_the_toolkit_came_from(monkeypatch):

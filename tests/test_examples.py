@@ -1,6 +1,7 @@
 """Each of examples/ runs at small size and does what it says."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,28 @@ def test_seeds(tmp_path):
         for seed in (0, 1)
     ]
     assert not torch.equal(*(state["conv1.weight"] for state in weights))
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """All cells, with fewer images; they check what they have computed."""
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    nbformat = pytest.importorskip("nbformat")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "it is kept without outputs"
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("limit=4000", "limit=500")
+    assert str(notebook).count("limit=500") == 2
+    nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    shown = "".join(output.get("text", "") for output in outputs)
+    assert len(re.findall(r"^epoch \d+: [\d.]+ %$", shown, re.MULTILINE)) == 5
+    before, after = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", shown).groups())
+    assert after < before

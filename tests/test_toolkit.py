@@ -10,16 +10,16 @@ from tools import toolkit
 NVCC = """#!/bin/sh
 case "$1" in
   --version) echo "Cuda compilation tools, release {release}, V{release}.1" ;;
-  --list-gpu-arch) printf "compute_80\\ncompute_90\\n" ;;
+  --list-gpu-arch) printf "{architectures}\\n" ;;
 esac
 """
 
 
-def plant_toolkit(home, release):
+def plant_toolkit(home, release, architectures="compute_80\\ncompute_90"):
     (home / "bin").mkdir(parents=True)
     (home / "include").mkdir()
     (home / "include/cuda_runtime.h").touch()
-    (home / "bin/nvcc").write_text(NVCC.format(release=release))
+    (home / "bin/nvcc").write_text(NVCC.format(release=release, architectures=architectures))
     (home / "bin/nvcc").chmod(0o755)
     return home
 

@@ -45,7 +45,7 @@ fi
 step "virtual environment $venv" make_venv
 export PATH="$(realpath "$venv")/bin:$PATH" # where PyTorch finds the ninja that is installed next
 step "build tools" install --quiet "setuptools>=77" wheel ninja
-step "PyTorch, some gigabytes" install "torch>=2.11" torchvision
+step "PyTorch, some gigabytes" install "torch>=2.11,<3" torchvision
 toolkit=$("$venv/bin/python" tools/toolkit.py) || fail "tools/toolkit.py failed, as above"
 [ -z "$toolkit" ] || step "CUDA toolkit, $toolkit" install --quiet "$toolkit"
 step "cifar_resnet_fast and its tools; compiling can take minutes" install --quiet --no-build-isolation --editable ".[dev]"

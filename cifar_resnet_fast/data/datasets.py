@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cifar_resnet_fast.data import shapes
 from cifar_resnet_fast.data.known import KNOWN, ensure_known, load_known
 from cifar_resnet_fast.data.sources import DataUnavailableError
-from cifar_resnet_fast.errors import first_line
+from cifar_resnet_fast.errors import extra, first_line
 
 SHAPE = (32, 32, 3)
 NAMES = ("auto", *KNOWN, "shapes")
@@ -353,6 +352,8 @@ def _picture_files(folder: Path) -> list[Path]:
 
 def _read_picture(file: Path) -> np.ndarray:
     """[32, 32, 3] uint8; the size is checked before the image is unpacked."""
+    with extra("train"):
+        from PIL import Image
     try:
         with Image.open(file) as picture:
             if picture.size != SHAPE[:2]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cifar_resnet_fast.checkpoint import write_atomically
 from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.data.test_sets import SEVERITIES
-from cifar_resnet_fast.training.logbook import Figure
+from cifar_resnet_fast.training.logbook import new_figure
 
 _CALIBRATION_BINS = 15
 
@@ -179,7 +179,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...], titl
     """
     K = len(classes)
     shares = confusion / confusion.sum(1, keepdim=True).clamp_min(1)
-    figure = Figure(figsize=(2 + 0.6 * min(K, 20),) * 2, layout="constrained")
+    figure = new_figure(figsize=(2 + 0.6 * min(K, 20),) * 2)
     axes = figure.subplots()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="prediction", ylabel="label", title=title)

@@ -20,6 +20,7 @@ Rows of epochs without an evaluation (--evaluate-every) have none of the test co
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -27,32 +28,13 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING, Any
 
 from cifar_resnet_fast.checkpoint import write_atomically
+from cifar_resnet_fast.errors import extra
 
-if "matplotlib" in sys.modules:
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
-else:
-    # MPLBACKEND may name a backend that is not installed, and figures need none
-    _backend = os.environ.pop("MPLBACKEND", None)
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    if _backend is not None:
-        os.environ["MPLBACKEND"] = _backend
-        with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = _backend  # the value that its import would have set
 
 CURVES = "curves.png"
 _CURVES_EVERY_SECONDS = 60.0  # drawing takes about half a second
@@ -91,9 +73,21 @@ class Logbook:
         self._curves_drawn = time.monotonic()
         self._events = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
+            with extra("train"):
+                from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self._events = SummaryWriter(folder / "tensorboard", purge_step=len(self.rows) + 1)
+        with extra("train"):
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
         self._console = Console()
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
@@ -172,6 +166,38 @@ class Logbook:
         self._curves_drawn = time.monotonic()
 
 
+def check_packages(*names: str) -> None:
+    """Check that some packages are installed that this file imports only on demand.
+
+    Raises:
+        MissingPackageError: one of them is not; the message names the extra that brings it
+    """
+    with extra("train"):
+        for name in names:
+            if importlib.util.find_spec(name) is None:
+                raise ImportError(f"No module named {name!r}")
+
+
+def new_figure(figsize: tuple[float, float]) -> "Figure":
+    """An empty image to draw in, of some inches.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed
+    """
+    # MPLBACKEND may name a backend that is not installed, and figures need none
+    own = "matplotlib" not in sys.modules
+    backend = os.environ.pop("MPLBACKEND", None) if own else None
+    with extra("train"):
+        import matplotlib
+        from matplotlib.figure import Figure
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend  # the value that its import would have set
+    return Figure(figsize=figsize, layout="constrained")
+
+
 def read_metrics(folder: Path) -> tuple[list[dict], int]:
     """The rows of a run's metrics.jsonl, and the number of its lines that are no rows.
 
@@ -214,7 +240,7 @@ def draw_curves(path: Path, rows: list[dict], title: str, evaluated: str) -> Non
     """An image of loss, accuracy and learning rate by epoch, from the rows of metrics.jsonl."""
     epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 20 else None
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(figsize=(10, 4))
     figure.suptitle(title, parse_math=False)  # a data set can have any name
     loss, accuracy = figure.subplots(1, 2)
     scored = [row for row in rows if "test_accuracy" in row]

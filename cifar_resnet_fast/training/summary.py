@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cifar_resnet_fast.checkpoint import write_atomically
 from cifar_resnet_fast.training.config import TrainConfig, name_of_setting
-from cifar_resnet_fast.training.logbook import Figure
+from cifar_resnet_fast.training.logbook import new_figure
 from cifar_resnet_fast.training.run import write_json
 
 
@@ -62,7 +62,7 @@ def _score(row: dict) -> str:
 
 def draw_summary(path: Path, rows: list[dict], title: str) -> None:
     """Draw a sweep: every run as a dot, mean and standard deviation of each setting."""
-    figure = Figure(figsize=(8, 1.5 + 0.4 * len(rows)), layout="constrained")
+    figure = new_figure(figsize=(8, 1.5 + 0.4 * len(rows)))
     figure.suptitle(title)
     axes = figure.subplots()
     for place, row in enumerate(rows):
