@@ -1,4 +1,7 @@
-"""cuDNN's graph of the second forward kernel, on a stand-in for its frontend that uses PyTorch."""
+"""What others have for the same: cuDNN's graph of the second forward kernel, and TensorRT.
+
+Stand-ins compute with PyTorch.
+"""
 
 import json
 import sys
@@ -8,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import rivals, trunk
+from bench import rivals, step, trunk
+from cifar_resnet_fast.verification import networks
 from cifar_resnet_fast.verification.budget import Unavailable, WrongResult
 
 CPU = torch.device("cpu")
@@ -150,3 +154,32 @@ def test_without_the_frontend_one_line(tmp_path, monkeypatch):
     assert reasons["F2"].startswith("cudnn cannot be imported (")
     assert reasons["F2"].endswith("pip install nvidia-cudnn-frontend")
     assert reasons["F1"] == "cudnn is the second forward kernel, F2, in fp16 and bf16"
+
+
+# --- TensorRT -----------------------------------------------------------------------------------
+
+
+def test_without_tensorrt_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
+    problem = networks.Problem(8, 2, "fp16", CPU)
+    with pytest.raises(Unavailable, match=r"^torch_tensorrt cannot be imported \("):
+        step.make_inference(problem, "tensorrt")
+
+
+def test_tensorrt_gets_the_network_and_may_not_fall_back(monkeypatch):
+    modes, options = [], []
+    runtime = types.SimpleNamespace(set_cudagraphs_mode=modes.append)
+    module = types.SimpleNamespace(runtime=runtime)
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", module)
+    monkeypatch.setattr(torch, "compile", lambda model, **given: options.append(given) or model)
+    problem = networks.Problem(8, 2, "bf16", CPU)
+    run, replays = step.make_inference(problem, "tensorrt")
+    assert (replays, modes) == (True, [True])
+    (given,) = options
+    assert (given["backend"], given["fullgraph"]) == ("torch_tensorrt", True)
+    assert given["options"]["pass_through_build_failures"]
+    exact = networks.plain_inference(problem, networks.EXACT)[0]()
+    assert run().dtype == torch.bfloat16
+    torch.testing.assert_close(run().double(), exact, rtol=0.1, atol=0.1)
+    with pytest.raises(Unavailable, match="^tensorrt is for inference$"):
+        step.measured(None, None, problem, "training", "tensorrt")

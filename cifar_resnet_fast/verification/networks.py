@@ -10,6 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.loader import Loader
+from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.capture import capture_for
@@ -82,12 +84,16 @@ def _random_pictures(count: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Plain:
-    """How plain PyTorch runs: dtype None is autocast in the problem's, else all of it is in it."""
+    """How plain PyTorch runs: dtype None is autocast in the problem's, else all of it is in it.
+
+    With ``tensorrt`` TensorRT runs it, by torch.compile's backend of torch_tensorrt.
+    """
 
     dtype: torch.dtype | None = None
     channels_last: bool = True
     graph: bool = False
     compile_mode: str | None = None
+    tensorrt: bool = False
 
 
 FP32 = Plain(torch.float32, channels_last=False)
@@ -238,6 +244,24 @@ def plain_inference(problem: Problem, how: Plain) -> tuple[Callable[[], Tensor],
     return (_captured(run, problem.device), True) if how.graph else (run, False)
 
 
+def tensorrt_inference(problem: Problem) -> tuple[Callable[[], Tensor], bool]:
+    """A forward pass in evaluation by TensorRT, in a CUDA graph of its own.
+
+    Returns as ``plain_inference``.
+
+    Raises:
+        Unavailable: torch_tensorrt cannot be imported
+    """
+    try:
+        import torch_tensorrt
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = f"torch_tensorrt cannot be imported ({first_line(error)})"
+        raise Unavailable(f"{reason}: pip install torch-tensorrt") from None
+    torch_tensorrt.runtime.set_cudagraphs_mode(True)
+    run, _ = plain_inference(problem, Plain(DTYPES[problem.dtype], tensorrt=True))
+    return run, True
+
+
 def package_inference(problem: Problem, implementation: str) -> tuple[Callable[[], Tensor], bool]:
     """The package's forward pass in evaluation, on a GPU in a CUDA graph; as ``plain_inference``.
 
@@ -290,9 +314,18 @@ def _settle(model: FastResNet, images: Tensor) -> None:
 
 
 def _compiled(model: FastResNet, how: Plain) -> Callable[[Tensor], Tensor]:
-    if how.compile_mode is None:
+    if how.compile_mode is None and not how.tensorrt:
         return model
     torch._dynamo.reset()  # a function's code is compiled only so often before it runs eagerly
+    if how.tensorrt:
+        # in the model's own dtypes; and what cannot be built fails, or PyTorch would run it
+        options: dict[str, Any] = {
+            "use_explicit_typing": True,
+            "pass_through_build_failures": True,
+        }
+        return torch.compile(
+            model, backend="torch_tensorrt", fullgraph=True, dynamic=False, options=options
+        )
     return torch.compile(model, fullgraph=True, dynamic=False, mode=how.compile_mode)
 
 
