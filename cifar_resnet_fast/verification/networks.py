@@ -21,7 +21,7 @@ from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
-from cifar_resnet_fast.training.capture import capture_for
+from cifar_resnet_fast.training.capture import CudaGraphs, capture_for
 from cifar_resnet_fast.training.engine import DTYPES, Engine
 from cifar_resnet_fast.verification.budget import Unavailable, check
 
@@ -29,7 +29,6 @@ LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4
 LOSS_SCALE = 1024.0  # of float16: keeps small gradients
 EPOCH_STEPS = 48  # of the recipe: so often the package draws an epoch
 _SCHEDULED_STEPS = 100_000  # more than are ever timed
-_WARMUP_STEPS = 3
 PACKAGE = ("auto", *(name for name in ops.IMPLEMENTATIONS if name != "reference"))
 CHECKED_PICTURES = 128  # of a training step: float64 needs eight times the memory or more
 
@@ -178,7 +177,7 @@ def plain_step(problem: Problem, how: Plain) -> TrainingStep:
         for state in optimizer.state.values():
             state["momentum_buffer"].zero_()
 
-    replay = _captured(step, problem.device)
+    replay = _captured(step)
     restart()
     return TrainingStep(replay, model, replays=True)
 
@@ -241,7 +240,7 @@ def plain_inference(problem: Problem, how: Plain) -> tuple[Callable[[], Tensor],
         with _autocast(problem, how):
             return forward(images)
 
-    return (_captured(run, problem.device), True) if how.graph else (run, False)
+    return (_captured(run), True) if how.graph else (run, False)
 
 
 def tensorrt_inference(problem: Problem) -> tuple[Callable[[], Tensor], bool]:
@@ -283,9 +282,7 @@ def package_inference(problem: Problem, implementation: str) -> tuple[Callable[[
 
     with _unavailable():
         run()
-    return (
-        (_captured(run, problem.device), True) if problem.device.type == "cuda" else (run, False)
-    )
+    return (_captured(run), True) if problem.device.type == "cuda" else (run, False)
 
 
 def _plain_network(problem: Problem, how: Plain) -> tuple[FastResNet, Tensor, Tensor]:
@@ -335,21 +332,18 @@ def _autocast(problem: Problem, how: Plain) -> contextlib.AbstractContextManager
     return torch.autocast(problem.device.type, dtype=DTYPES[problem.dtype])
 
 
-def _captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+def _captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """``run`` as one launch of a CUDA graph; its result is overwritten by the next launch."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(_WARMUP_STEPS):
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+    results: list[Tensor] = []  # what it returned last is what the graph writes
+
+    def function() -> None:
+        results[:] = [run()]
+
+    launch = CudaGraphs()(function, warm_up=function)
 
     def replay() -> Tensor:
-        graph.replay()
-        return result
+        launch()
+        return results[0]
 
     return replay
 
