@@ -2,9 +2,10 @@
 
 Each operation at each place where the network has it: forward, backward and both, or where nothing
 has a gradient the call; dtypes and batch sizes; the package's implementations, plain PyTorch
-(``eager``: cuDNN where there is a GPU), the same under torch.compile (``compile``), and what else
-PyTorch has for it (``torch.optim``: the fused SGD, which does not look for infinite gradients).
-Results are held against float64 before anything is timed. The trunk is ``bench.trunk``'s.
+(``eager``: cuDNN where there is a GPU), the same under torch.compile, by default (``compile``) and
+with every choice measured (``compile max-autotune``), and what else PyTorch has for it
+(``torch.optim``: the fused SGD, which does not look for infinite gradients). Results are held
+against float64 before anything is timed. The trunk is ``bench.trunk``'s.
 """
 
 import argparse
@@ -24,7 +25,11 @@ from cifar_resnet_fast.verification.budget import Unavailable
 from cifar_resnet_fast.verification.measure import Call
 from cifar_resnet_fast.verification.operations import Run, differentiate, draw, verify
 
-EAGER, COMPILE = "eager", "compile"
+EAGER = "eager"
+COMPILED = {  # torch.compile's mode
+    "compile": "default",
+    "compile max-autotune": "max-autotune-no-cudagraphs",  # all calls are in a graph of ours
+}
 
 
 def runner(case: Case, name: str, suite: Suite) -> Run:
@@ -37,9 +42,10 @@ def runner(case: Case, name: str, suite: Suite) -> Run:
         return lambda tensors: case.call(tensors, "reference")
     if not suite.on_gpu:
         raise Unavailable("without a GPU only eager is measured")
-    if name == COMPILE:
+    if name in COMPILED:
         torch._functorch.config.donated_buffer = False  # or a compiled backward runs only once
-        return compiled(lambda tensors: case.call(tensors, "reference"))
+        mode = COMPILED[name]
+        return compiled(lambda tensors: case.call(tensors, "reference"), mode=mode)
     if name in case.others:
         return case.others[name]
     reason = f"{case.operation} has no implementation of that name"
@@ -100,7 +106,7 @@ def title(row: dict) -> str:
     """A case for people."""
     return (
         f"{row['operation']:12} {row['place']:26} {row['dtype']} {row['batch'] or '':5} "
-        f"{row['implementation']:9} {row['phase']:8}"
+        f"{row['implementation']:20} {row['phase']:8}"
     )
 
 
@@ -158,11 +164,11 @@ def main(arguments: list[str] | None = None) -> int:
         choices=sorted({c.operation for c in CASES}),
         help="operations to measure (default: all)",
     )
-    known = {*ops.IMPLEMENTATIONS, EAGER, COMPILE} - {"reference"}
+    known = {*ops.IMPLEMENTATIONS, EAGER, *COMPILED} - {"reference"}
     known.update(*(case.others for case in CASES))
     options = parse(parser, arguments, known)
     suite = Suite("kernels", options)
-    wanted = options.implementation or (known - {COMPILE} if suite.quick else known)
+    wanted = options.implementation or (known - {*COMPILED} if suite.quick else known)
     card = suite.measured_card()
     cases = [c for c in CASES if c.operation in (options.operation or [c.operation])]
     found = problems(cases, *sizes(suite, options))

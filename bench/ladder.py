@@ -145,8 +145,14 @@ def ended(header: dict, folders: Iterable[Path]) -> dict[str, str]:
     }
 
 
-def climb(rung: Rung, seconds: float, log: Path) -> tuple[str, int | None]:
+def climb(rung: Rung, seconds: float, log: Path, root: Path = ROOT) -> tuple[str, int | None]:
     """Run a rung for at most so many seconds, or its limit if that is less.
+
+    Args:
+        rung: what runs
+        seconds: at most
+        log: the file for what it prints
+        root: of the checkout in which it runs
 
     Returns:
         ``done``, ``failed`` (it ended with another status than 0), ``hung`` (it reached its limit)
@@ -154,11 +160,11 @@ def climb(rung: Rung, seconds: float, log: Path) -> tuple[str, int | None]:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     allowed = min(seconds, rung.limit)
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("w") as file:
         process = subprocess.Popen(
             rung.command,
-            cwd=ROOT,
+            cwd=root,
             env={**os.environ, "PYTHONPATH": path, "PYTHON": PYTHON},
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -3,10 +3,12 @@
 A training step is forward, loss, backward and SGD. The package's own (``auto``, and each
 implementation by name) is the engine's, which also makes its batch; plain PyTorch's is given one.
 Beside it run eager float32 (NCHW), eager autocast (channels-last), the same in a CUDA graph, and
-torch.compile, default and max-autotune, in a CUDA graph. The first step's change of the weights,
+torch.compile, default and max-autotune, in a CUDA graph; for inference also ``tensorrt``, if
+torch_tensorrt is installed. The first step's change of the weights,
 and inference's logits, are held against float64 before anything is timed.
 """
 
+import importlib.util
 import itertools
 import sys
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from bench.cards import Card
 from bench.suite import Suite, flags, rates, timed
 from cifar_resnet_fast.resnet import check_depth
 from cifar_resnet_fast.training.engine import DTYPES
-from cifar_resnet_fast.verification.budget import check
+from cifar_resnet_fast.verification.budget import Unavailable, check
 from cifar_resnet_fast.verification.measure import peak_memory, time_calls
 from cifar_resnet_fast.verification.networks import (
     EAGER,
@@ -29,11 +31,16 @@ from cifar_resnet_fast.verification.networks import (
     make_step,
     package_inference,
     plain_inference,
+    tensorrt_inference,
     verify_step,
 )
 
+TENSORRT = "tensorrt"
+
 
 def make_inference(problem: Problem, name: str) -> tuple[Callable[[], Tensor], bool]:
+    if name == TENSORRT:
+        return tensorrt_inference(problem)
     if name in PACKAGE:
         return package_inference(problem, name)
     return plain_inference(problem, PLAIN[name])
@@ -57,6 +64,8 @@ def measured(suite: Suite, card: Card, problem: Problem, phase: str, name: str) 
     """What ``measure`` finds out, as fields of a result."""
     shape = (problem.depth, problem.batch, problem.dtype)
     if phase == "training":
+        if name == TENSORRT:
+            raise Unavailable("tensorrt is for inference")
         works = roofline.training_step(*shape)
         if name not in PACKAGE:
             works = works[1:]  # no loader
@@ -104,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, nargs="+")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--batch-size", type=int, nargs="+")
-    names = (*PLAIN, *PACKAGE)
+    names = (*PLAIN, TENSORRT, *PACKAGE)
     parser.add_argument("--implementation", nargs="+", choices=names, metavar="NAME")
     options = parser.parse_args(arguments)
     try:
@@ -129,6 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = options.implementation or ("eager fp32", "auto")
         if any(name not in ("eager fp32", "eager", "auto") for name in chosen):
             parser.error("--implementation must be eager fp32, eager or auto with --device cpu")
+    elif options.implementation is None and importlib.util.find_spec("torch_tensorrt") is None:
+        print("tensorrt is left out: torch_tensorrt is not installed", file=sys.stderr)
     card = suite.measured_card()
     problems = [
         (phase, Problem(depth, batch, dtype, suite.device))

@@ -7,6 +7,8 @@ each call is kept with its tensors; one is then held against float64 and timed b
 a kernel gets what it gets in the network: sums and slabs that its predecessor left, in a form of
 their own, which is why these are no cases of ``bench.kernels``.
 
+Beside F2 stands cuDNN's own graph of it, ``cudnn`` (``bench.rivals``), if it is installed.
+
 A step of an implementation is timed, not a launch. ``cuda`` has one for each: it merges the sums
 that the kernel before left, and adds up that one's weight gradient, in its first microseconds.
 (Only behind the stem's gradient, the last, there is a launch that adds up its own.) ``triton``
@@ -28,7 +30,7 @@ from types import ModuleType
 
 import torch
 
-from bench import roofline, traffic
+from bench import rivals, roofline, traffic
 from bench.cards import Card
 from bench.kernels import EAGER, parse, sizes
 from bench.suite import Suite, flags
@@ -41,7 +43,7 @@ from cifar_resnet_fast.verification.budget import Unavailable
 from cifar_resnet_fast.verification.measure import Call
 from cifar_resnet_fast.verification.trunk import convolutions, draw, record, verify
 
-IMPLEMENTATIONS = ("cuda", "triton", EAGER)
+IMPLEMENTATIONS = ("cuda", "triton", EAGER, rivals.CUDNN)
 DEPTH = 20
 WEIGHTS_DEPTH = 56
 
@@ -113,10 +115,30 @@ def measure(
         "implementation": name,
     }
     with suite.attempt([case]):
-        module = module_of(name, suite, dtype)
-        prepare = preparer(module, place, batch, DTYPES[dtype], suite.device)
+        if name == rivals.CUDNN:
+            prepare = cudnn_preparer(suite, place, batch, dtype)
+        else:
+            module = module_of(name, suite, dtype)
+            prepare = preparer(module, place, batch, DTYPES[dtype], suite.device)
         work = place.work(batch, dtype)
         suite.time(case, title(case), prepare, card, work.bytes, work.flops)
+
+
+def cudnn_preparer(
+    suite: Suite, place: Place, batch: int | None, dtype: str
+) -> Callable[[int], Call]:
+    """As ``preparer``, of cuDNN's graph (``rivals``).
+
+    Raises:
+        Unavailable: it is not there, or it is of another kernel or dtype
+    """
+    if place.kernel != "F2" or dtype == "fp32":
+        raise Unavailable("cudnn is the second forward kernel, F2, in fp16 and bf16")
+    rivals.import_cudnn()
+    if not suite.on_gpu:
+        raise Unavailable("without a GPU only eager is measured")
+    side, _, C = map(int, place.place.split("x"))
+    return rivals.preparer(batch, C, side, DTYPES[dtype], suite.device)
 
 
 def preparer(
@@ -187,6 +209,11 @@ def main(arguments: list[str] | None = None) -> int:
         of_place = (None,) if place.position is None else batches
         problems += itertools.product((place,), dtypes, of_place)
     wanted = options.implementation or IMPLEMENTATIONS
+    if options.implementation is None and suite.on_gpu:
+        try:
+            rivals.import_cudnn()
+        except Unavailable as error:
+            print(error, file=sys.stderr)
     for (place, dtype, batch), name in suite.progress(list(itertools.product(problems, wanted))):
         measure(suite, card, place, name, batch, dtype)
     return suite.finish()

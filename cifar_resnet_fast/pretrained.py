@@ -104,7 +104,8 @@ def _downloaded(repository: str) -> Path:
             from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except MissingPackageError as error:
         raise FileNotFoundError(
-            f"weights {repository} are neither a file nor a folder, and cannot be downloaded: {error}"
+            f"weights {repository} are neither a file nor a folder, and cannot be downloaded: "
+            f"{error}"
         ) from None
     try:
         files = [hf_hub_download(repository, file) for file in (CARD, WEIGHTS)]

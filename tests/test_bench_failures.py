@@ -166,6 +166,26 @@ def test_a_capture_that_fails_leaves_a_gpu_that_measures(tmp_path, monkeypatch):
     assert all(row["method"] == "graph" for row in rows[3:])
 
 
+def test_plain_pytorch_replays_what_was_captured_last(monkeypatch):
+    """By the engine's capture, which warms it up first; a launch gives the captured tensor."""
+    calls, launches = [], []
+
+    class Graphs:
+        def __call__(self, function, warm_up):
+            for run in (warm_up, warm_up, function):
+                run()
+            return lambda: launches.append("launch")
+
+    def run():
+        calls.append(torch.tensor(len(calls)))
+        return calls[-1]
+
+    monkeypatch.setattr(networks, "CudaGraphs", Graphs)
+    replay = networks._captured(run)
+    assert replay() is replay() is calls[2]
+    assert launches == ["launch"] * 2
+
+
 def test_the_reason_is_what_went_wrong_within_a_capture():
     """Ending a capture that failed raises once more, and says less."""
 

@@ -1,6 +1,7 @@
 """The suites on a CPU: what they write, and what they say without a GPU and of bad input."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -125,6 +126,15 @@ def test_cases_compile_whole(case):
     kernels.verify(case, run, tensors, dout)
 
 
+def test_each_name_of_a_compiled_one_has_its_mode(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda run, **options: modes.append(options["mode"]))
+    gpu = types.SimpleNamespace(on_gpu=True, device=CPU)
+    for name in ("compile", "compile max-autotune"):
+        kernels.runner(CASES[0], name, gpu)
+    assert modes == ["default", "max-autotune-no-cudagraphs"]
+
+
 @pytest.mark.parametrize("case", one_of_each(), ids=lambda c: c.operation)
 def test_a_wrong_result_of_any_case_is_seen(case):
     """Each result of each operation by itself: half a percent off, or an integer by one."""
@@ -204,7 +214,11 @@ def test_without_a_gpu_one_line_and_status_2(name, tmp_path, capsys):
         ("kernels", "--operation conv5x5", "--operation"),
         ("kernels", "--implementation cudnn", "--implementation must be of"),
         ("kernels", "--batch-size 0", "--batch-size must be at least 1, got 0"),
-        ("trunk", "--implementation compile", "--implementation must be of cuda, eager, triton"),
+        (
+            "trunk",
+            "--implementation compile",
+            "must be of cuda, cudnn, eager, triton",
+        ),
         ("step", "--depth 57", "--depth must be 6n + 2"),
         ("step", "--batch-size -1", "--batch-size must be at least 1, got -1"),
         ("step", "--device cpu --implementation compile_graph", "--implementation"),

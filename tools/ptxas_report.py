@@ -67,12 +67,11 @@ def report(source: Path, nvcc: str, architectures: Iterable[int] = ARCHITECTURES
     log = subprocess.run(["c++filt"], input=log, capture_output=True, text=True, check=True).stdout
     kernels = []
     for entry in log.split("Compiling entry function")[1:]:
-        name = re.search(r"(\w+_kernel(?:<[^(]*>)?)\(", entry)[1]
         shared = re.search(r"(\d+) bytes smem", entry)
         stored, loaded = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill", entry).groups()
         kernels.append(
             Kernel(
-                name=name.replace("(bool)", "").replace("(int)", ""),
+                name=short_name(entry.partition("' for 'sm_")[0]),
                 architecture=int(re.search(r"for 'sm_(\d+)", entry)[1]),
                 registers=int(re.search(r"Used (\d+) registers", entry)[1]),
                 spilled=int(stored) + int(loaded),
@@ -80,6 +79,14 @@ def report(source: Path, nvcc: str, architectures: Iterable[int] = ARCHITECTURES
             )
         )
     return kernels
+
+
+def short_name(function: str) -> str:
+    """A demangled kernel without its namespaces and what it takes: ``stem_kernel<Float16, 4>``."""
+    for noise in ("(anonymous namespace)::", "cifar_resnet_fast::", "(bool)", "(int)"):
+        function = function.replace(noise, "")
+    found = re.search(r"(\w+_kernel(?:<[^(]*>)?)\(", function)
+    return found[1].replace(" >", ">") if found else function
 
 
 def sources() -> list[Path]:

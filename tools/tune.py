@@ -26,6 +26,7 @@ from cifar_resnet_fast.kernels.conv3x3_wgrad import conv3x3_wgrad
 from cifar_resnet_fast.kernels.launch import Config
 from cifar_resnet_fast.ops import why_not
 from cifar_resnet_fast.training.engine import DTYPES
+from cifar_resnet_fast.verification.measure import time_calls
 
 SETTINGS = {
     "block_p": (16, 32, 64, 128, 256),
@@ -35,7 +36,7 @@ SETTINGS = {
     "num_stages": (1, 2, 3, 4),
     "programs_per_sm": (1, 2, 4, 8, 16),
 }
-REPLAYS, LAUNCHES = 20, 10  # graph replays a timing, launches a graph
+SECONDS = 0.02  # of sampling for a timing
 
 
 def search(start: Config, measure: Callable[[Config], float | None]) -> tuple[Config, float]:
@@ -118,23 +119,10 @@ def problems(C: int, K: int, H: int, stride: int, batch: int, dtype: torch.dtype
 
 
 def milliseconds(call: Callable) -> float:
-    """Median time of one call, launched from a CUDA graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(LAUNCHES):
-            call()
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / LAUNCHES)
-    return sorted(times)[REPLAYS // 2]
+    """Median time of one call in a CUDA graph, with the same tensors each time."""
+    cuda = torch.device("cuda")
+    timing = time_calls(lambda _: call, cuda, input_bytes=sys.maxsize, seconds=SECONDS)
+    return 1e3 * timing.median
 
 
 def agree(made: tuple, expected: tuple, dtype: torch.dtype) -> bool:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.loader import Loader
+from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
-from cifar_resnet_fast.training.capture import capture_for
+from cifar_resnet_fast.training.capture import CudaGraphs, capture_for
 from cifar_resnet_fast.training.engine import DTYPES, Engine
 from cifar_resnet_fast.verification.budget import Unavailable, check
 
@@ -27,7 +29,6 @@ LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4
 LOSS_SCALE = 1024.0  # of float16: keeps small gradients
 EPOCH_STEPS = 48  # of the recipe: so often the package draws an epoch
 _SCHEDULED_STEPS = 100_000  # more than are ever timed
-_WARMUP_STEPS = 3
 PACKAGE = ("auto", *(name for name in ops.IMPLEMENTATIONS if name != "reference"))
 CHECKED_PICTURES = 128  # of a training step: float64 needs eight times the memory or more
 
@@ -82,12 +83,16 @@ def _random_pictures(count: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Plain:
-    """How plain PyTorch runs: dtype None is autocast in the problem's, else all of it is in it."""
+    """How plain PyTorch runs: dtype None is autocast in the problem's, else all of it is in it.
+
+    With ``tensorrt`` TensorRT runs it, by torch.compile's backend of torch_tensorrt.
+    """
 
     dtype: torch.dtype | None = None
     channels_last: bool = True
     graph: bool = False
     compile_mode: str | None = None
+    tensorrt: bool = False
 
 
 FP32 = Plain(torch.float32, channels_last=False)
@@ -172,7 +177,7 @@ def plain_step(problem: Problem, how: Plain) -> TrainingStep:
         for state in optimizer.state.values():
             state["momentum_buffer"].zero_()
 
-    replay = _captured(step, problem.device)
+    replay = _captured(step)
     restart()
     return TrainingStep(replay, model, replays=True)
 
@@ -235,7 +240,25 @@ def plain_inference(problem: Problem, how: Plain) -> tuple[Callable[[], Tensor],
         with _autocast(problem, how):
             return forward(images)
 
-    return (_captured(run, problem.device), True) if how.graph else (run, False)
+    return (_captured(run), True) if how.graph else (run, False)
+
+
+def tensorrt_inference(problem: Problem) -> tuple[Callable[[], Tensor], bool]:
+    """A forward pass in evaluation by TensorRT, in a CUDA graph of its own.
+
+    Returns as ``plain_inference``.
+
+    Raises:
+        Unavailable: torch_tensorrt cannot be imported
+    """
+    try:
+        import torch_tensorrt
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = f"torch_tensorrt cannot be imported ({first_line(error)})"
+        raise Unavailable(f"{reason}: pip install torch-tensorrt") from None
+    torch_tensorrt.runtime.set_cudagraphs_mode(True)
+    run, _ = plain_inference(problem, Plain(DTYPES[problem.dtype], tensorrt=True))
+    return run, True
 
 
 def package_inference(problem: Problem, implementation: str) -> tuple[Callable[[], Tensor], bool]:
@@ -259,9 +282,7 @@ def package_inference(problem: Problem, implementation: str) -> tuple[Callable[[
 
     with _unavailable():
         run()
-    return (
-        (_captured(run, problem.device), True) if problem.device.type == "cuda" else (run, False)
-    )
+    return (_captured(run), True) if problem.device.type == "cuda" else (run, False)
 
 
 def _plain_network(problem: Problem, how: Plain) -> tuple[FastResNet, Tensor, Tensor]:
@@ -290,9 +311,18 @@ def _settle(model: FastResNet, images: Tensor) -> None:
 
 
 def _compiled(model: FastResNet, how: Plain) -> Callable[[Tensor], Tensor]:
-    if how.compile_mode is None:
+    if how.compile_mode is None and not how.tensorrt:
         return model
     torch._dynamo.reset()  # a function's code is compiled only so often before it runs eagerly
+    if how.tensorrt:
+        # in the model's own dtypes; and what cannot be built fails, or PyTorch would run it
+        options: dict[str, Any] = {
+            "use_explicit_typing": True,
+            "pass_through_build_failures": True,
+        }
+        return torch.compile(
+            model, backend="torch_tensorrt", fullgraph=True, dynamic=False, options=options
+        )
     return torch.compile(model, fullgraph=True, dynamic=False, mode=how.compile_mode)
 
 
@@ -302,21 +332,18 @@ def _autocast(problem: Problem, how: Plain) -> contextlib.AbstractContextManager
     return torch.autocast(problem.device.type, dtype=DTYPES[problem.dtype])
 
 
-def _captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+def _captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """``run`` as one launch of a CUDA graph; its result is overwritten by the next launch."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(_WARMUP_STEPS):
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+    results: list[Tensor] = []  # what it returned last is what the graph writes
+
+    def function() -> None:
+        results[:] = [run()]
+
+    launch = CudaGraphs()(function, warm_up=function)
 
     def replay() -> Tensor:
-        graph.replay()
-        return result
+        launch()
+        return results[0]
 
     return replay
 
