@@ -342,7 +342,6 @@ def sgd(
     lr: Tensor,
     loss_scale: Tensor,
     skipped: Tensor,
-    copy: Tensor | None = None,
     *,
     decayed: int,
     momentum: float,
@@ -365,7 +364,6 @@ def sgd(
         parameters, gradients, momenta: [P] float32
         lr, loss_scale: [] float32
         skipped: [] int32. incremented if the step is left out
-        copy: [P] float16 or bfloat16, or None. the new parameters, rounded
         decayed: 0 .. P
         momentum, weight_decay, nesterov: as torch.optim.SGD has them
         scaled: 0 .. P
@@ -390,8 +388,6 @@ def sgd(
     parameters.copy_(torch.where(finite, moved, parameters))
     momenta.copy_(torch.where(finite, average, momenta))
     skipped += ~finite
-    if copy is not None:
-        copy.copy_(torch.where(finite, parameters.to(copy.dtype), copy))
 
 
 def muon(

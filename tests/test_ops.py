@@ -157,7 +157,7 @@ def valid_calls():
     """Arguments by name of every public operation, so that each can be replaced."""
     P = {name: torch.ones(4) for name in ("parameters", "gradients", "momenta")}
     P |= {"lr": torch.tensor(0.1), "loss_scale": torch.tensor(1.0)}
-    P |= {"skipped": torch.tensor(0, dtype=torch.int32), "copy": None}
+    P |= {"skipped": torch.tensor(0, dtype=torch.int32)}
     unit = {"x": torch.randn(2, 16, 4, 4), "weight": torch.randn(16, 16, 3, 3)}
     unit |= {name: torch.ones(16) for name in ("bn_weight", "bn_bias")}
     unit |= {name: torch.ones(16) for name in ("running_mean", "running_var")}
@@ -238,7 +238,7 @@ def test_arguments_of_another_kind_are_named(operation, odd):
     run, arguments = getattr(ops, operation), valid_calls()[operation]
     run(**arguments)
     for name in arguments:
-        if odd == "None" and name in ("copy", "shortcut", "bias"):
+        if odd == "None" and name in ("shortcut", "bias"):
             continue
         word = name.removesuffix("s") if name == "units" else name
         with pytest.raises((TypeError, ValueError), match=rf"\b{word}"):

@@ -94,7 +94,7 @@ def _ask(home: Path, flag: str, pattern: str) -> list[str]:
             [str(nvcc), flag], capture_output=True, text=True, errors="replace", timeout=60
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise ToolkitError(f"{nvcc} cannot be run: {str(error).splitlines()[0]}") from None
+        raise ToolkitError(f"{nvcc} cannot be run: {error}") from None
     said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
     if done.returncode:
         raise ToolkitError(f"{nvcc} {flag} fails with status {done.returncode}: {said[-1][:200]}")

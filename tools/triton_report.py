@@ -145,9 +145,8 @@ def launch_around_the_network(dtype: torch.dtype, H: int) -> None:
         for mixed in ((None, None), (labels, empty())):
             linear_cross_entropy(*layer, labels, *mixed, label_smoothing=0.1, gradients=True)
     flat, scalar, count = [empty(853_056)] * 3, [empty()] * 2, empty(dtype=torch.int32)
-    copy = None if dtype == torch.float32 else empty(853_056, dtype=dtype)
     settings = {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
-    sgd(*flat, *scalar, count, copy, decayed=853_056, **settings)
+    sgd(*flat, *scalar, count, decayed=853_056, **settings)
     record_step(
         empty(3, 48),
         *scalar,

@@ -36,7 +36,6 @@ def _sgd_kernel(
     parameters_ptr,
     gradients_ptr,
     momenta_ptr,
-    copy_ptr,
     flags_ptr,
     lr_ptr,
     loss_scale_ptr,
@@ -78,8 +77,6 @@ def _sgd_kernel(
             direction = average
         parameter -= tl.load(lr_ptr) * tl.where(offs < plain, 1.0, lr_factor) * direction
         tl.store(parameters_ptr + offs, parameter, mask=mask)
-        if copy_ptr is not None:
-            tl.store(copy_ptr + offs, parameter.to(copy_ptr.dtype.element_ty), mask=mask)
 
 
 def sgd(
@@ -89,7 +86,6 @@ def sgd(
     lr: Tensor,
     loss_scale: Tensor,
     skipped: Tensor,
-    copy: Tensor | None,
     *,
     decayed: int,
     momentum: float,
@@ -119,7 +115,6 @@ def sgd(
         parameters_ptr=parameters,
         gradients_ptr=gradients,
         momenta_ptr=momenta,
-        copy_ptr=copy,
         flags_ptr=flags,
         lr_ptr=lr,
         loss_scale_ptr=loss_scale,

@@ -18,7 +18,6 @@ def sgd(
     lr: Tensor,
     loss_scale: Tensor,
     skipped: Tensor,
-    copy: Tensor | None = None,
     *,
     decayed: int,
     momentum: float,
@@ -36,7 +35,6 @@ def sgd(
         parameters, gradients, momenta: [P] float32, contiguous, with P < 2**31
         lr, loss_scale: [] float32
         skipped: [] int32. counts the steps that were left out
-        copy: [P] float16 or bfloat16, contiguous, or None. the new parameters, rounded
         decayed: 0 .. P. so many elements, from the first on, have weight decay
         momentum, weight_decay, nesterov: as torch.optim.SGD has them
         scaled: 0 .. P. so many elements, up to the last one, have lr_factor times the learning
@@ -61,20 +59,18 @@ def sgd(
     if not 0 < P < 2**31:
         raise ValueError(f"parameters must have 1 .. 2**31 - 1 elements, got {P}")
     flat, scalar = (P,), ()
-    rules: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = [
-        ("parameters", parameters, flat, (torch.float32,)),
-        ("gradients", gradients, flat, (torch.float32,)),
-        ("momenta", momenta, flat, (torch.float32,)),
-        ("lr", lr, scalar, (torch.float32,)),
-        ("loss_scale", loss_scale, scalar, (torch.float32,)),
-        ("skipped", skipped, scalar, (torch.int32,)),
+    rules: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
+        ("parameters", parameters, flat, torch.float32),
+        ("gradients", gradients, flat, torch.float32),
+        ("momenta", momenta, flat, torch.float32),
+        ("lr", lr, scalar, torch.float32),
+        ("loss_scale", loss_scale, scalar, torch.float32),
+        ("skipped", skipped, scalar, torch.int32),
     ]
-    if copy is not None:
-        rules.append(("copy", copy, flat, (torch.float16, torch.bfloat16)))
-    for name, tensor, shape, dtypes in rules:
+    for name, tensor, shape, dtype in rules:
         check_dense(name, tensor)
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
         if tuple(tensor.shape) != shape or not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous with shape {shape}, got shape {tuple(tensor.shape)} "
@@ -102,7 +98,6 @@ def sgd(
         lr,
         loss_scale,
         skipped,
-        copy,
         decayed=decayed,
         momentum=momentum,
         weight_decay=weight_decay,

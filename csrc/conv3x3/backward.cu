@@ -19,7 +19,6 @@ __global__ void __launch_bounds__(G::kThreads, 1) conv3x3_backward_kernel(Backwa
   const BackwardBlock block = {image_groups, block_index() % G::kSplit, row, place.group,
                                shared_start() + G::kGroupsAt + place.group * G::kGroupBytes};
   if (place.role == WarpRole::kProducer) {
-    wait_for_kernel_before();
     produce_backward<G>(p, block, place.index);
   } else if (place.role == WarpRole::kWgrad) {
     wgrad<G>(p, block, place.index);

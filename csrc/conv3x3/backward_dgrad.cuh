@@ -128,17 +128,18 @@ struct DirectRows {
 template <class G>
 DEVICE void end_dgrad(ChannelSums* sums, const BackwardBlock& block, int index) {
   if (G::kStaged) {
-    group_barrier<G::kGroupWarps>(block.group + 1);  // the last rows are staged
+    step_barrier<G>(block);  // the last rows are staged
   } else {
     sums->add_lanes();
   }
-  block_barrier();  // every group is through: its memory is free
-  if (!G::kStaged) {
-    sums->store(shared_start() + G::kSumsAt +
-                (block.group * G::kDgradWarps + index) * G::kSummerBytes);
-  }
-  for (int i = 0; i < G::kTurns; ++i) block_barrier();
-  block_barrier();  // sums and dweight are there
+  end_backward<G>(
+      [&] {
+        if (!G::kStaged) {
+          sums->store(shared_start() + G::kSumsAt +
+                      (block.group * G::kDgradWarps + index) * G::kSummerBytes);
+        }
+      },
+      [](int) {});
 }
 
 template <class G>
@@ -150,26 +151,13 @@ DEVICE void dgrad(const BackwardParams& p, const BackwardBlock& block, int index
   weights.load(p.fragments, block.split * kInSixteens + sixteen);
   wait_for_kernel_before();
 
-  int row_of_step = 0, ring_row = 0;
-  auto fetch = [&]() -> uint32_t {
-    if (row_of_step == 0) group_barrier<G::kGroupWarps>(block.group + 1);  // step's rows are there
-    row_of_step = (row_of_step + 1) % G::kDyRows;
-    const uint32_t row = ring_row * G::kDyRowBytes;
-    ring_row = (ring_row + 1) % G::kDyRing;
-    return row;
-  };
-  auto begin = [&] {
-    begin_backward<G>(p, block.start, index);
-    if (p.before.slabs != nullptr) {
-      add_slabs(p.before, block.group * (G::kDgradWarps + G::kWgradWarps) + index,
-                G::kGroups * (G::kDgradWarps + G::kWgradWarps));
-    }
-  };
+  DyRing<G> dy(block);
+  auto fetch = [&] { return dy.next(); };
   const FragmentAddresses<G::K> fragments(block.start + G::kDyAt, first_tile);
   const int image_groups = block.image_groups.count();
   RowConvolution<typename G::T, G::K, kTiles> convolution;
   if constexpr (G::kStaged) {
-    begin();
+    begin_gradient<G>(p, block, index);
     StagedRows<G> staged;
     const uint32_t place = staged.place(block, first_tile * Stage<G::K>::kImagesPerTile,
                                         tile_pixel<G::K>(0, 0, lane), sixteen);
@@ -188,7 +176,7 @@ DEVICE void dgrad(const BackwardParams& p, const BackwardBlock& block, int index
     end_dgrad<G>(nullptr, block, index);
   } else {
     DirectRows<G> direct(p, block, index);
-    begin();
+    begin_gradient<G>(p, block, index);
     auto finish = [&](const Tile(&row)[kTiles], bool done) {
       if (done) direct.finish(row);
     };
@@ -212,11 +200,7 @@ DEVICE void dgrad_stride_2(const BackwardParams& p, const BackwardBlock& block, 
   WeightFragments<kSteps> weights;
   weights.load(p.fragments, index);
   wait_for_kernel_before();
-  begin_backward<G>(p, block.start, index);
-  if (p.before.slabs != nullptr) {
-    add_slabs(p.before, block.group * (G::kDgradWarps + G::kWgradWarps) + index,
-              G::kGroups * (G::kDgradWarps + G::kWgradWarps));
-  }
+  begin_gradient<G>(p, block, index);
 
   // of the fragments of kx = 1 and 2 in conv_rows.cuh: shifts 0 and + 1
   uint32_t fragment[2];
@@ -247,7 +231,7 @@ DEVICE void dgrad_stride_2(const BackwardParams& p, const BackwardBlock& block, 
 #pragma unroll 1
     for (int i = 0; i < G::kDySize; ++i) {
       even[0].clear(), even[1].clear(), odd[0].clear(), odd[1].clear();
-      group_barrier<G::kGroupWarps>(block.group + 1);  // this step's rows are there
+      step_barrier<G>(block);  // this step's rows are there
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         uint32_t here[4], right[4];

@@ -197,4 +197,52 @@ DEVICE void begin_backward(const BackwardParams& p, uint32_t group_start, int wa
   block_barrier();  // coefficients and zeros are there
 }
 
+// The same for a dgrad or wgrad warp, which also adds up its share of the slabs of the kernel
+// before.
+template <class G>
+DEVICE void begin_gradient(const BackwardParams& p, const BackwardBlock& block,
+                           int warp_of_group) {
+  begin_backward<G>(p, block.start, warp_of_group);
+  if (p.before.slabs != nullptr) {
+    constexpr int kAdders = G::kDgradWarps + G::kWgradWarps;
+    add_slabs(p.before, block.group * kAdders + warp_of_group, G::kGroups * kAdders);
+  }
+}
+
+// The barrier of a step: all warps of the group meet.
+template <class G>
+DEVICE void step_barrier(const BackwardBlock& block) {
+  group_barrier<G::kGroupWarps>(block.group + 1);
+}
+
+// The haloed rows of dy in their order, as dgrad and wgrad warps read them.
+template <class G>
+struct DyRing {
+  const BackwardBlock& block;
+  int row_of_step = 0, ring_row = 0;
+
+  DEVICE explicit DyRing(const BackwardBlock& of_block) : block(of_block) {}
+  // the place of the next row in the ring, after the barrier if it begins a step
+  DEVICE uint32_t next() {
+    if (row_of_step == 0) step_barrier<G>(block);  // this step's rows are there
+    row_of_step = (row_of_step + 1) % G::kDyRows;
+    const uint32_t row = ring_row * G::kDyRowBytes;
+    ring_row = (ring_row + 1) % G::kDyRing;
+    return row;
+  }
+};
+
+// What is behind a warp's last step, with the same barriers in every role: `store_sums()` once the
+// groups' memory is free, and `add_dweight(turn)` in the turns of the groups.
+template <class G, class StoreSums, class AddDweight>
+DEVICE void end_backward(StoreSums store_sums, AddDweight add_dweight) {
+  block_barrier();  // every group is through: its memory is free
+  store_sums();
+  for (int turn = 0; turn < G::kTurns; ++turn) {
+    add_dweight(turn);
+    block_barrier();  // this turn is over
+  }
+  block_barrier();  // sums and dweight are there
+}
+
 }  // namespace cifar_resnet_fast

@@ -193,19 +193,9 @@ struct Wgrad {
 template <class G>
 DEVICE void wgrad(const BackwardParams& p, const BackwardBlock& block, int index) {
   wait_for_kernel_before();
-  begin_backward<G>(p, block.start, G::kDgradWarps + index);
-  if (p.before.slabs != nullptr) {
-    const int warps = G::kDgradWarps + G::kWgradWarps;
-    add_slabs(p.before, block.group * warps + G::kDgradWarps + index, G::kGroups * warps);
-  }
-  int row_of_step = 0, ring_row = 0;
-  auto fetch = [&]() -> uint32_t {
-    if (row_of_step == 0) group_barrier<G::kGroupWarps>(block.group + 1);  // step's rows are there
-    row_of_step = (row_of_step + 1) % G::kDyRows;
-    const uint32_t row = ring_row * G::kDyRowBytes;
-    ring_row = (ring_row + 1) % G::kDyRing;
-    return row;
-  };
+  begin_gradient<G>(p, block, G::kDgradWarps + index);
+  DyRing<G> dy(block);
+  auto fetch = [&] { return dy.next(); };
   Wgrad<G> gradient(block, index);
   const int image_groups = block.image_groups.count();
   if constexpr (G::STRIDE == 1) {
@@ -213,35 +203,28 @@ DEVICE void wgrad(const BackwardParams& p, const BackwardBlock& block, int index
   } else {
     gradient.stream_stride_2(image_groups, fetch);
   }
-  if (G::kStaged) group_barrier<G::kGroupWarps>(block.group + 1);  // the last rows are staged
-
-  if constexpr (G::kGroups == 1) {
+  if (G::kStaged) step_barrier<G>(block);  // the last rows are staged
+  if (G::kGroups == 1 && image_groups > 0) {
     // while the producers finish the last rows
     float* slab = p.slabs + static_cast<long long>(block.row) * G::kSlabElements;
-    if (image_groups > 0) {
-      gradient.each_pair(block.split * G::kIn, [&](int element, float first, float second) {
-        store_8_bytes(slab + element, make_uint2(as_bits(first), as_bits(second)));
-      });
-    }
-    block_barrier();  // every group is through: its memory is free
-  } else {
-    block_barrier();  // every group is through: its memory is free
-    // the groups add to dweight in shared memory one after the other, so in a fixed order
-    for (int turn = 0; turn < G::kTurns; ++turn) {
-      if (turn == block.group) {
-        gradient.each_pair(0, [&](int element, float first, float second) {
-          const uint32_t to = shared_start() + G::kGroupsAt + element * 4;
-          if (turn > 0) {
-            const uint2 old = load_shared_8_bytes(to);
-            first += as_float(old.x), second += as_float(old.y);
-          }
-          store_shared(to, make_uint2(as_bits(first), as_bits(second)));
-        });
-      }
-      block_barrier();  // this group's turn is over
-    }
+    gradient.each_pair(block.split * G::kIn, [&](int element, float first, float second) {
+      store_8_bytes(slab + element, make_uint2(as_bits(first), as_bits(second)));
+    });
   }
-  block_barrier();  // sums and dweight are there
+  // several groups add to dweight in shared memory one after the other, so in a fixed order
+  end_backward<G>([] {},
+                  [&](int turn) {
+                    if (turn == block.group) {
+                      gradient.each_pair(0, [&](int element, float first, float second) {
+                        const uint32_t to = shared_start() + G::kGroupsAt + element * 4;
+                        if (turn > 0) {
+                          const uint2 old = load_shared_8_bytes(to);
+                          first += as_float(old.x), second += as_float(old.y);
+                        }
+                        store_shared(to, make_uint2(as_bits(first), as_bits(second)));
+                      });
+                    }
+                  });
 }
 
 }  // namespace cifar_resnet_fast
