@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -439,7 +440,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    cache = options.cache or Path(tempfile.gettempdir()) / "cifar_resnet_fast_compare"
+    cache = (
+        options.cache or Path(tempfile.gettempdir()) / f"cifar_resnet_fast_{os.getuid()}_compare"
+    )
     here = device_architectures()
     sides = []
     try:

@@ -53,14 +53,6 @@ FLAGS = (
 ARMS = ["--arm", "plain: --milestones 1", "--arm", "fast: --recipe fast --ema-start 1 --tta flip"]
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_a_comparison_that_is_stopped_goes_on(tmp_path, monkeypatch, capsys):
     command = [str(tmp_path), *ARMS, "--flags", FLAGS, "--target", "0.01"]

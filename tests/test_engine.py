@@ -16,12 +16,7 @@ from cifar_resnet_fast.training.engine import Engine, EngineGroup
 STEPS, EPOCHS = 3, 2  # 3 batches of 4 an epoch, one picture left over
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_engine(device="cpu", dtype=torch.float32, loader=None, implementation="auto", **settings):

@@ -139,12 +139,7 @@ def torchrun(tmp_path, script, *arguments, processes=2):
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows(folder):

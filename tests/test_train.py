@@ -57,13 +57,7 @@ def tensors(value, name=""):
     return found
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So little work is done fastest by one; and the same number each time gives the same bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
