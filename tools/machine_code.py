@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.ptxas_report import short_name
-
 # what an instruction does, by the start of its name; the first that fits
 _KINDS = (
     ("tensor", r"U?(HMMA|HGMMA|IMMA|IGMMA|QGMMA|DMMA|BMMA|WARPGROUP)"),
@@ -160,3 +158,11 @@ def demangled(name: str) -> str:
     free.argtypes = [ctypes.c_void_p]
     free(found)
     return text
+
+
+def short_name(function: str) -> str:
+    """A demangled kernel without its namespaces and what it takes: ``stem_kernel<Float16, 4>``."""
+    for noise in ("(anonymous namespace)::", "cifar_resnet_fast::", "(bool)", "(int)"):
+        function = function.replace(noise, "")
+    found = re.search(r"(\w+_kernel(?:<[^(]*>)?)\(", function)
+    return found[1].replace(" >", ">") if found else function

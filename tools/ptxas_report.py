@@ -2,7 +2,7 @@
 
 Compiles csrc/*/*.cu for every architecture the project supports, or with ``--arch 86`` for
 that one, warnings being errors, and prints each kernel's registers, spilled bytes and static
-shared memory. Needs nvcc and c++filt.
+shared memory. Needs nvcc.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools import toolkit
+from tools.machine_code import demangled, short_name
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 86, 89, 90)
@@ -64,14 +65,13 @@ def report(source: Path, nvcc: str, architectures: Iterable[int] = ARCHITECTURES
     log = result.stdout + result.stderr
     if result.returncode != 0:
         raise RuntimeError(f"{source} does not compile: {log}")
-    log = subprocess.run(["c++filt"], input=log, capture_output=True, text=True, check=True).stdout
     kernels = []
     for entry in log.split("Compiling entry function")[1:]:
         shared = re.search(r"(\d+) bytes smem", entry)
         stored, loaded = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill", entry).groups()
         kernels.append(
             Kernel(
-                name=short_name(entry.partition("' for 'sm_")[0]),
+                name=short_name(demangled(re.search(r"'(\w+)'", entry)[1])),
                 architecture=int(re.search(r"for 'sm_(\d+)", entry)[1]),
                 registers=int(re.search(r"Used (\d+) registers", entry)[1]),
                 spilled=int(stored) + int(loaded),
@@ -79,14 +79,6 @@ def report(source: Path, nvcc: str, architectures: Iterable[int] = ARCHITECTURES
             )
         )
     return kernels
-
-
-def short_name(function: str) -> str:
-    """A demangled kernel without its namespaces and what it takes: ``stem_kernel<Float16, 4>``."""
-    for noise in ("(anonymous namespace)::", "cifar_resnet_fast::", "(bool)", "(int)"):
-        function = function.replace(noise, "")
-    found = re.search(r"(\w+_kernel(?:<[^(]*>)?)\(", function)
-    return found[1].replace(" >", ">") if found else function
 
 
 def sources() -> list[Path]:
