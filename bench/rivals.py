@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_resnet_fast.errors import first_line
-from cifar_resnet_fast.verification.budget import Unavailable, check, without_tf32
+from cifar_resnet_fast.verification.budget import Unavailable, check, import_rival, without_tf32
 from cifar_resnet_fast.verification.operations import Draw
 
 CUDNN = "cudnn"
@@ -31,13 +31,7 @@ def import_cudnn() -> ModuleType:
     Raises:
         Unavailable: it is not installed, or finds no cuDNN
     """
-    try:
-        import cudnn
-    except (ImportError, OSError, RuntimeError) as error:
-        raise Unavailable(
-            f"cudnn cannot be imported ({first_line(error)}): pip install nvidia-cudnn-frontend"
-        ) from None
-    return cudnn
+    return import_rival("cudnn", "nvidia-cudnn-frontend")
 
 
 def draw(

@@ -15,7 +15,6 @@ from cifar_resnet_fast.errors import MissingPackageError, extra
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"PIL": "pillow"}  # by the module, if that has another name
 TRITON = {"triton"}  # PyTorch's own dependency
-RIVALS = {"torch_tensorrt"}  # measured beside the package if it is installed; its absence is said
 
 
 def names(requirements):
@@ -62,7 +61,7 @@ def test_every_package_is_in_its_list():
         first, later = imported(path)
         # Triton's kernels are imported by what has looked for it
         assert first <= core | TRITON, path
-        assert later <= core | optional | TRITON | RIVALS, path
+        assert later <= core | optional | TRITON, path
         seen |= first | later
     # torch.utils imports TensorBoard, the rest is named in this package's own code
     assert (core | optional) - seen == {"tensorboard"}

@@ -8,11 +8,15 @@ Source: Dao et al. 2022, "FlashAttention", whose tests hold kernels to twice PyT
 """
 
 import contextlib
+import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from cifar_resnet_fast.errors import first_line
 
 MEASURES = {"norm": lambda t: t.norm().item(), "maximum": lambda t: t.abs().max().item()}
 
@@ -23,6 +27,20 @@ class WrongResult(Exception):
 
 class Unavailable(Exception):
     """An implementation cannot run something here; the message says why."""
+
+
+def import_rival(module: str, package: str) -> ModuleType:
+    """A module of another project, which is measured beside this one's and is optional.
+
+    Raises:
+        Unavailable: it cannot be imported; the message names the package to install
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Unavailable(
+            f"{module} cannot be imported ({first_line(error)}): pip install {package}"
+        ) from None
 
 
 def assert_within_budget(

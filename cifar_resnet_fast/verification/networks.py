@@ -18,12 +18,11 @@ from torch import Tensor
 
 from cifar_resnet_fast import ops
 from cifar_resnet_fast.data.loader import Loader
-from cifar_resnet_fast.errors import first_line
 from cifar_resnet_fast.processes import Processes
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.capture import CudaGraphs, capture_for
 from cifar_resnet_fast.training.engine import DTYPES, Engine
-from cifar_resnet_fast.verification.budget import Unavailable, check
+from cifar_resnet_fast.verification.budget import Unavailable, check, import_rival
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4
 LOSS_SCALE = 1024.0  # of float16: keeps small gradients
@@ -251,11 +250,7 @@ def tensorrt_inference(problem: Problem) -> tuple[Callable[[], Tensor], bool]:
     Raises:
         Unavailable: torch_tensorrt cannot be imported
     """
-    try:
-        import torch_tensorrt
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = f"torch_tensorrt cannot be imported ({first_line(error)})"
-        raise Unavailable(f"{reason}: pip install torch-tensorrt") from None
+    torch_tensorrt = import_rival("torch_tensorrt", "torch-tensorrt")
     torch_tensorrt.runtime.set_cudagraphs_mode(True)
     run, _ = plain_inference(problem, Plain(DTYPES[problem.dtype], tensorrt=True))
     return run, True
