@@ -14,8 +14,8 @@ if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from cifar_resnet_fast.modules import ConvBNReLU
-from cifar_resnet_fast.pretrained import models
 from cifar_resnet_fast.resnet import FastResNet, load_checkpoint
+from cifar_resnet_fast.weights.pretrained import models
 
 __version__ = "0.1.0"
 __all__ = ["ConvBNReLU", "FastResNet", "TrainConfig", "load_checkpoint", "models", "train"]

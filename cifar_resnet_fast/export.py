@@ -27,9 +27,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cifar_resnet_fast.checkpoint import read_checkpoint, write_atomically
 from cifar_resnet_fast.errors import MissingPackageError, extra
-from cifar_resnet_fast.pretrained import NETWORK, find_weights, read_state, write_weights
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.logbook import read_metrics
+from cifar_resnet_fast.weights.pretrained import NETWORK, find_weights, read_state, write_weights
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 _CHECKED_BATCHES = (1, 2, 37)

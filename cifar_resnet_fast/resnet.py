@@ -24,7 +24,7 @@ from cifar_resnet_fast.modules import (
     why_called,
     why_conv_called,
 )
-from cifar_resnet_fast.pretrained import (
+from cifar_resnet_fast.weights.pretrained import (
     NETWORK,
     WEIGHTS,
     check_fits,

@@ -40,7 +40,6 @@ from cifar_resnet_fast.data.test_sets import (
     test_files,
 )
 from cifar_resnet_fast.errors import MissingPackageError
-from cifar_resnet_fast.pretrained import find_weights, read_weights
 from cifar_resnet_fast.processes import Processes, ProcessLostError
 from cifar_resnet_fast.resnet import FastResNet
 from cifar_resnet_fast.training.config import (
@@ -72,6 +71,7 @@ from cifar_resnet_fast.training.run import (
     write_json,
 )
 from cifar_resnet_fast.training.summary import summarize
+from cifar_resnet_fast.weights.pretrained import find_weights, read_weights
 
 # settings that a command line may change with --resume: places, devices and displays
 _FREE_ON_RESUME = {

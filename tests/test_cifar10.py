@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cifar_resnet_fast import FastResNet, export, models, pretrained
+from cifar_resnet_fast import FastResNet, export, models
 from cifar_resnet_fast.data.loader import Loader
 from cifar_resnet_fast.train import main
 from cifar_resnet_fast.training.engine import DTYPES
 from cifar_resnet_fast.training.evaluate import predict
 from cifar_resnet_fast.verification.budget import assert_within_budget
+from cifar_resnet_fast.weights import pretrained
 
 PART = 8  # images that a kernel computes on a CPU
 

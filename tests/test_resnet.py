@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifar_resnet_fast import ConvBNReLU, FastResNet, load_checkpoint
-from cifar_resnet_fast.pretrained import read_weights
+from cifar_resnet_fast.weights.pretrained import read_weights
 
 PARAMETERS = {  # DESIGN.md, from the paper's table 6 and the published implementations
     20: 269_722,

@@ -2,7 +2,7 @@
 
 The package's format is a folder with ``model.safetensors`` and ``config.json``, the card: depth,
 num_classes, shortcut, width, mean, std, class_names, dataset, accuracy and how it was trained.
-The networks of the package are in ``weights/`` as NAME.safetensors and NAME.json.
+The networks of the package lie beside this module as NAME.safetensors and NAME.json.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from cifar_resnet_fast.checkpoint import (
 )
 from cifar_resnet_fast.errors import MissingPackageError, extra, first_line
 
-FOLDER = Path(__file__).parent / "weights"
+FOLDER = Path(__file__).parent
 WEIGHTS, CARD = "model.safetensors", "config.json"
 NETWORK = ("depth", "num_classes", "shortcut", "width")  # the arguments of FastResNet
 
