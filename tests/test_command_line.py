@@ -140,6 +140,11 @@ def test_bad_input_under_torchrun_is_said_once_and_is_the_last_that_is_read():
         ("--cutout 33", "--cutout must be at most 32"),
         ("--weight-decay 1e300", "--weight-decay must be at most 1000000.0"),
         ("--timeout 1e300", "--timeout must be at most 1000000.0"),
+        ("--runs 10001", "--runs must be at most 10000"),
+        (
+            "--runs 5001 --sweep lr=0.1,0.2",
+            "--runs must be at most 5000 for 2 combinations",
+        ),
         ("--lr 1e31", "--lr must be at most 1e+30"),
         ("--dataset=--", "--dataset must have a value, got '--'"),
         ("--lr=--", "--lr must have a value, got '--'"),

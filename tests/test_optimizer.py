@@ -131,6 +131,14 @@ def test_kernel_writes_nothing_outside(device):
         ({"scaled": -1}, ValueError, "scaled must be in 0 .. 4"),
         ({"lr_factor": 0}, ValueError, "lr_factor must be more than 0 and finite, got 0"),
         ({"lr_factor": float("inf")}, ValueError, "lr_factor must be more than 0 and finite"),
+        ({"momentum": -0.1}, ValueError, "momentum must be from 0 to 3.4"),
+        ({"weight_decay": 3.5e38}, ValueError, "weight_decay must be from 0 to 3.4"),
+        ({"weight_decay": float("nan")}, ValueError, "weight_decay must be from 0 to 3.4"),
+        (
+            {"lr_factor": 1e-300, "weight_decay": 0.1},
+            ValueError,
+            "weight_decay / lr_factor must be from 0 to 3.4",
+        ),
     ],
 )
 def test_bad_arguments(change, error, message):

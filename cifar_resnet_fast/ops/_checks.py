@@ -139,6 +139,13 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {shown(value)}")
 
 
+def check_finite_float32(name: str, value: float) -> None:
+    """``value`` is from 0 to the largest float32; ValueError otherwise."""
+    most = torch.finfo(torch.float32).max
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} must be from 0 to {most}, got {value}")
+
+
 def once_differentiable(backward: Callable) -> Callable:
     """The ``backward`` of an operation that has no second derivatives; says so if they are wanted.
 

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from cifar_resnet_fast import reference
-from cifar_resnet_fast.ops._checks import check_bool, check_count, check_dense, check_number
+from cifar_resnet_fast.ops._checks import (
+    check_bool,
+    check_count,
+    check_dense,
+    check_finite_float32,
+    check_number,
+)
 from cifar_resnet_fast.ops._dispatch import choose
 
 
@@ -36,7 +42,8 @@ def sgd(
         lr, loss_scale: [] float32
         skipped: [] int32. counts the steps that were left out
         decayed: 0 .. P. so many elements, from the first on, have weight decay
-        momentum, weight_decay, nesterov: as torch.optim.SGD has them
+        momentum, weight_decay, nesterov: as torch.optim.SGD has them; both numbers, and
+            weight_decay / lr_factor, from 0 to the largest float32
         scaled: 0 .. P. so many elements, up to the last one, have lr_factor times the learning
             rate and a weight decay divided by lr_factor
         lr_factor: more than 0, finite
@@ -44,8 +51,7 @@ def sgd(
 
     Raises:
         TypeError: an argument is of another type, or a tensor of another dtype
-        ValueError: a tensor is nested or sparse; a shape, a device, ``decayed``, ``scaled`` or
-            ``lr_factor`` breaks its rule
+        ValueError: a tensor is nested or sparse; a shape, a device or a number breaks its rule
         RuntimeError: the named implementation cannot run here
     """
     check_dense("parameters", parameters)
@@ -86,6 +92,9 @@ def sgd(
             raise ValueError(f"{name} must be in 0 .. {P}, the number of parameters, got {count}")
     if not 0 < lr_factor < math.inf:
         raise ValueError(f"lr_factor must be more than 0 and finite, got {lr_factor}")
+    check_finite_float32("momentum", momentum)
+    check_finite_float32("weight_decay", weight_decay)
+    check_finite_float32("weight_decay / lr_factor", weight_decay / lr_factor)
     run: Callable[..., None] = reference.sgd
     if choose(implementation, parameters.device, "sgd") == "triton":
         from cifar_resnet_fast.kernels import sgd as kernel

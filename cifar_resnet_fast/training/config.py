@@ -37,7 +37,7 @@ _MOST = {
     "timeout": 1e6,
     "lr": 1e30,
     "warmup_epochs": 1e9,
-    "runs": 1_000_000,
+    "runs": 10_000,
 }
 
 
@@ -456,6 +456,8 @@ class TrainConfig:
             raise ValueError(
                 f"sweep must have at most {_MOST_COMBINATIONS} combinations, got {count}"
             )
+        most = _MOST["runs"] // count
+        self._check("runs", lambda v: v <= most, f"at most {most} for {count} combinations")
         for setting in self.settings():
             try:
                 self._with_setting(setting)
